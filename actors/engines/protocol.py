@@ -1,0 +1,133 @@
+"""What an engine is: something that holds one model, opens sequences and tells log-probs. It knows nothing of TRB.
+
+B is the number of sequences in a call, k the draft length, K the support size, V the vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceRequest:
+    """One completion to sample. (prompt_id, sample_index) keys its random numbers."""
+
+    prompt_id: str
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a student proposes for its next k positions; log-probs in nats, under the student at its temperature."""
+
+    token_ids: Ints
+    """[B, k]."""
+    token_logprobs: Floats
+    """[B, k]."""
+    support_ids: Ints
+    """[B, k, K], sorted by falling log-prob."""
+    support_logprobs: Floats
+    """[B, k, K]."""
+    tail_logprobs: Floats
+    """[B, k] log mass outside the support; -inf where K = V."""
+    spare_ids: Ints
+    """[B, k] one spare draw from the tail's inner law, independent of the draft; -1 where K = V."""
+    spare_logprobs: Floats
+    """[B, k] of the spare draws; -inf where K = V."""
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the support is less than the vocabulary."""
+        return bool((self.spare_ids >= 0).all())
+
+    @property
+    def requested_ids(self) -> Ints:
+        """The ids a teacher is asked for: the support and, where there is a tail, the spare as column K."""
+        return np.concatenate([self.support_ids, self.spare_ids[..., None]], -1) if self.has_tail else self.support_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a model says of given ids at given positions; log-probs in nats, over its full vocabulary."""
+
+    token_logprobs: Floats
+    """[B, k] of the drafted tokens."""
+    support_logprobs: Floats
+    """[B, k, K] at the requested support ids."""
+    tail_logprobs: Floats
+    """[B, k] log mass outside the requested support, by logsumexp over the complement; -inf where K = V."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One completion that an engine sampled by itself; T tokens."""
+
+    token_ids: Ints
+    """[T], the stop token included where one was drawn."""
+    token_logprobs: Floats
+    """[T]."""
+    finish_reason: str
+    """'stop' or 'length'."""
+    policy_versions: Ints
+    """[T]."""
+    support_ids: Ints
+    """[T, K], sorted by falling log-prob."""
+    support_logprobs: Floats
+    """[T, K]."""
+    tail_logprobs: Floats
+    """[T]."""
+
+
+class Engine(Protocol):
+    """Generates whole completions and scores finished ones."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that the next token will be drawn from."""
+
+    def generate(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
+        """Sample every request to its end."""
+
+    def score_completions(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
+    ) -> list[Scores]:
+        """Score finished completions (each [T]) at requested ids (each [T, K]); one `Scores` each, with B = 1."""
+
+    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]], policy_version: int) -> None:
+        """Replace the weights in place (Hugging Face parameter names) and stamp what follows with the version."""
+
+    def shutdown(self) -> None:
+        """Free the model."""
+
+
+class SequenceEngine(Engine, Protocol):
+    """Also lets a caller steer each token: draft, score, commit, over one KV cache with exact rollback."""
+
+    def open(self, requests: Sequence[SequenceRequest]) -> list[int]:
+        """Admit sequences and return their handles."""
+
+    def draft(self, sequences: Sequence[int], num_tokens: int) -> Draft:
+        """Propose `num_tokens` tokens for each sequence; nothing is committed."""
+
+    def score(self, sequences: Sequence[int], draft_ids: Ints, support_ids: Ints) -> Scores:
+        """Score [B, k] drafted tokens at [B, k, K] ids in one pass; nothing is committed."""
+
+    def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
+        """Keep the first num_accepted [B] tokens of the last draft or score, then append replacement_ids [B] (-1: none).
+
+        Everything else of the draft is rolled back.
+        """
+
+    def close(self, sequences: Sequence[int]) -> None:
+        """Forget the sequences and free their cache."""

@@ -1,0 +1,401 @@
+"""Inside the vLLM worker: samplers of our own that draw by counter-based random numbers and record what they saw.
+
+vLLM 0.32 (model runner V1) keeps its samplers as plain attributes; `RecordingWorker`, named by `worker_extension_cls`,
+replaces them once after start. Nothing of vLLM's files is patched, but these attributes are its internals: the engine
+checks vLLM's version, and the laws are tested.
+
+N counts rows of one step, k drafted tokens, K the support, V the vocabulary. Log-probs are float32 nats.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
+from vllm.v1.outputs import SamplerOutput
+
+from actors.engines.protocol import Ints, SequenceRequest
+from actors.random_numbers import Purpose, sample_from_logprobs, uniforms
+from actors.trust_region import verify_draft
+
+Array = npt.NDArray[Any]
+
+_SCORE_ELEMENTS = 1 << 26
+REQUEST_NUMBER = "number"
+"""Key of a request's `extra_args` under which the engine puts the request's place in its job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laws:
+    """What the worker draws from and records; fixed for the engine's life."""
+
+    seed: int
+    temperature: float
+    support_size: int | None
+    """K; None for the whole vocabulary."""
+    stop_token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleJob:
+    """Completions to sample; vLLM's requests point into `requests`."""
+
+    requests: Sequence[SequenceRequest]
+    epsilon: float = 0.0
+    """Budget in nats; read where a teacher is blended in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreJob:
+    """Finished completions to score; the three sequences run in parallel."""
+
+    prompt_lengths: Sequence[int]
+    completions: Sequence[Ints]
+    """[T] each."""
+    support_ids: Sequence[Ints]
+    """[T, K] each, one K for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """All that was recorded since the job was set."""
+
+    columns: Mapping[str, Array]
+    """One row per token, sorted by `number` (the request's place in the job), then by `position` (from 0)."""
+    num_undrafted: int
+    """Rows that vLLM scheduled without a draft, from which nothing could be drawn exactly."""
+
+
+class Tape:
+    """Rows of tokens in columns, appended step by step on the host."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, Array]] = []
+
+    def write(self, numbers: Array, positions: Array, **columns: Tensor) -> None:
+        """Append N rows; the columns are [N, ...]."""
+        step = {name: values.cpu().numpy() for name, values in columns.items()}
+        self._steps.append({"number": numbers, "position": positions, **step})
+
+    def read(self) -> dict[str, Array]:
+        """Return all rows, sorted by number and position, and forget them."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return {}
+        columns = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+        order = np.lexsort((columns["position"], columns["number"]))
+        return {name: values[order] for name, values in columns.items()}
+
+
+@dataclass(slots=True, kw_only=True)
+class Desk:
+    """What the samplers of one worker share: the job at hand and the tape."""
+
+    laws: Laws
+    runner: Any
+    """vLLM's model runner."""
+    tape: Tape
+    job: SampleJob | ScoreJob
+
+    def numbers(self) -> Array:
+        """Return for each row of the running batch its request's place in the job, [N]."""
+        runner = self.runner
+        return np.array(
+            [runner.requests[name].sampling_params.extra_args[REQUEST_NUMBER] for name in runner.input_batch.req_ids],
+            dtype=np.int64,
+        )
+
+    def num_sampled(self) -> Array:
+        """Return how many tokens vLLM has of each row's completion, [N]."""
+        runner = self.runner
+        return np.array([len(runner.requests[name].output_token_ids) for name in runner.input_batch.req_ids], np.int64)
+
+    def is_partial(self) -> npt.NDArray[np.bool_]:
+        """Return which rows are in the middle of their prompt, so that vLLM drops what is sampled there, [N]."""
+        return np.asarray(self.runner.discard_request_mask.np[: self.runner.input_batch.num_reqs]).astype(bool)
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """Return the laws at the job's temperature, [N, V]."""
+        return torch.log_softmax(logits.float() / self.laws.temperature, dim=-1)
+
+    def uniforms(self, numbers: Array, positions: Array, purpose: Purpose) -> Tensor:
+        """Return one uniform for each request number and position, [N] float64 on the host."""
+        assert isinstance(self.job, SampleJob)
+        requests = [self.job.requests[number] for number in numbers]
+        drawn = uniforms(
+            self.laws.seed,
+            [request.prompt_id for request in requests],
+            [request.sample_index for request in requests],
+            positions,
+            purpose,
+        )
+        return torch.from_numpy(drawn)
+
+    def support(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the likeliest ids by falling log-prob [N, K], their log-probs [N, K] and the log tail mass [N]."""
+        vocab = logprobs.shape[-1]
+        size = vocab if self.laws.support_size is None else min(self.laws.support_size, vocab)
+        values, ids = logprobs.topk(size, dim=-1)
+        return ids, values, _outside(logprobs, ids)
+
+
+class RecordingSampler:
+    """Stands in for vLLM's sampler: draws each row's token and records its law."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def __call__(self, logits: Tensor, sampling_metadata: object) -> SamplerOutput:
+        """Return one token per row [N, 1] for logits [N, V]; when scoring, any token, for none is wanted."""
+        desk = self._desk
+        if isinstance(desk.job, ScoreJob):
+            return _sampler_output(torch.zeros(len(logits), 1, device=logits.device))
+        numbers, positions = desk.numbers(), desk.num_sampled()
+        logprobs = desk.logprobs(logits)
+        tokens = sample_from_logprobs(logprobs, desk.uniforms(numbers, positions, Purpose.TOKEN))
+        complete = ~desk.is_partial()
+        rows = torch.from_numpy(complete).to(logits.device)
+        support_ids, support_logprobs, tail = desk.support(logprobs[rows])
+        desk.tape.write(
+            numbers[complete],
+            positions[complete],
+            token_id=tokens[rows],
+            token_logprob=_at(logprobs[rows], tokens[rows]),
+            support_ids=support_ids,
+            support_logprobs=support_logprobs,
+            tail_logprob=tail,
+        )
+        return _sampler_output(tokens[:, None])
+
+
+class CompletionScorer:
+    """Stands in for the runner's prompt log-probs: reads requested ids at the completion's positions of a prompt.
+
+    vLLM's own makes Python objects of the likeliest ids and cannot be asked for given ones. A text is prompt plus
+    completion but for the completion's last token, whose hidden state predicts nothing that is asked for.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def __call__(self, hidden_states: Tensor, num_scheduled_tokens: Mapping[str, int]) -> dict[str, Any]:
+        """Record scores from this step's hidden states [tokens, H]; vLLM itself gets no prompt log-probs."""
+        job = self._desk.job
+        if not isinstance(job, ScoreJob):
+            return {}
+        runner, spans = self._desk.runner, []
+        for row, name in enumerate(runner.input_batch.req_ids):
+            request = runner.requests[name]
+            number, start = request.sampling_params.extra_args[REQUEST_NUMBER], request.num_computed_tokens
+            predicted = start - (job.prompt_lengths[number] - 1)  # position that the step's first state predicts
+            first = max(0, predicted)
+            last = min(len(job.completions[number]), predicted + num_scheduled_tokens[name])
+            if last > first:
+                offset = int(runner.query_start_loc.np[row]) - predicted
+                spans.append((number, np.arange(first, last), offset))
+        if spans:
+            self._score(hidden_states, job, spans)
+        return {}
+
+    def _score(self, hidden_states: Tensor, job: ScoreJob, spans: list[tuple[int, Array, int]]) -> None:
+        numbers = np.concatenate([np.full(len(positions), number) for number, positions, _ in spans])
+        positions = np.concatenate([positions for _, positions, _ in spans])
+        states = np.concatenate([positions + offset for _, positions, offset in spans])
+        tokens = np.concatenate([job.completions[number][positions] for number, positions, _ in spans])
+        support = np.concatenate([job.support_ids[number][positions] for number, positions, _ in spans])
+        runner = self._desk.runner
+        rows_at_once = max(1, _SCORE_ELEMENTS // runner.model_config.get_vocab_size())
+        for first in range(0, len(states), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            logprobs = self._desk.logprobs(runner.model.compute_logits(hidden_states[_on(hidden_states, states[rows])]))
+            ids = _on(logprobs, support[rows])
+            self._desk.tape.write(
+                numbers[rows],
+                positions[rows],
+                token_logprob=_at(logprobs, _on(logprobs, tokens[rows])),
+                support_logprobs=logprobs.gather(-1, ids),
+                tail_logprob=_outside(logprobs, ids),
+            )
+
+
+class BlendingSampler:
+    """Stands in for vLLM's rejection sampler and its drafter's sampling: TRB with the drafter as the student.
+
+    Exactness hangs on two things. Where all drafts are kept nothing is added, since the student's law is not known
+    there. And since no row may be emitted without a draft, a request's prompt lacks its last token, which is forced as
+    the first "generated" one: drafts start right after it.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.num_undrafted = 0
+        self._next_numbers: Array = np.zeros(0, np.int64)
+        self._next_positions: Array = np.zeros(0, np.int64)
+
+    def draft(self, hidden_states: Tensor, sampling_metadata: object) -> tuple[Tensor, Tensor]:
+        """Draw one more draft for each row; return ids [N] and the student's laws [N, V].
+
+        vLLM hands the laws back to `__call__` unchanged, under the name of draft probabilities.
+        """
+        desk = self._desk
+        logprobs = desk.logprobs(desk.runner.drafter.model.compute_logits(hidden_states))
+        drawn = torch.zeros(len(logprobs), dtype=torch.float64)
+        known = len(self._next_numbers)  # a padded batch has rows beyond these; nothing of them is kept
+        drawn[:known] = desk.uniforms(self._next_numbers, self._next_positions, Purpose.TOKEN)
+        self._next_positions = self._next_positions + 1
+        return sample_from_logprobs(logprobs, drawn), logprobs
+
+    def __call__(
+        self, metadata: Any, student_logprobs: Tensor | None, logits: Tensor, sampling_metadata: object
+    ) -> SamplerOutput:
+        """Return the emitted tokens [N, k + 1], -1 where there is none.
+
+        Args:
+            metadata: vLLM's `SpecDecodeMetadata`; its drafts are flat, [D].
+            student_logprobs: [D, V] from `draft`.
+            logits: the teacher's, at rows that the metadata names.
+            sampling_metadata: unused.
+        """
+        desk = self._desk
+        numbers, positions = desk.numbers(), desk.num_sampled() - 1  # the forced token is not the completion's
+        num_drafted = np.array(metadata.num_draft_tokens)
+        if student_logprobs is None:
+            num_drafted = np.zeros_like(num_drafted)
+        emitted = np.full((len(num_drafted), metadata.max_spec_len + 1), -1, np.int32)
+        for row in np.flatnonzero(~desk.is_partial() & (num_drafted == 0)):
+            emitted[row, 0] = self._without_draft(numbers[row], positions[row])
+        drafted = np.flatnonzero(num_drafted)
+        if student_logprobs is not None and len(drafted):
+            teacher_logprobs = desk.logprobs(logits[metadata.target_logits_indices])
+            drafts = _Drafts(num_drafted[drafted], metadata.draft_token_ids, student_logprobs, teacher_logprobs)
+            emitted[drafted, :-1] = self._verify(drafts, numbers[drafted], positions[drafted])
+        self._next_numbers, self._next_positions = numbers, positions + (emitted >= 0).sum(1)
+        return _sampler_output(torch.from_numpy(emitted).to(logits.device))
+
+    def _without_draft(self, number: int, position: int) -> int:
+        job = self._desk.job
+        assert isinstance(job, SampleJob)
+        if position == -1:
+            return job.requests[number].prompt_ids[-1]
+        self.num_undrafted += 1
+        return self._desk.laws.stop_token_id  # ends the request; the engine refuses the whole job
+
+    def _verify(self, drafts: "_Drafts", numbers: Array, positions: Array) -> Array:
+        """Verify B rows that have drafts, record what they emit, and return it, [B, k] with -1 for none."""
+        desk, (batch, k) = self._desk, drafts.ids.shape
+        assert isinstance(desk.job, SampleJob)
+        every_position = positions[:, None] + np.arange(k)
+        flat = (np.repeat(numbers, k), every_position.reshape(-1))
+        drawn = torch.stack([desk.uniforms(*flat, Purpose.ACCEPT), desk.uniforms(*flat, Purpose.REPLACE)], dim=-1)
+        verdict = verify_draft(
+            drafts.ids,
+            drafts.student_logprobs,
+            drafts.teacher_logprobs,
+            desk.job.epsilon,
+            num_drafted=drafts.num_drafted,
+            uniforms=drawn.reshape(batch, k, 2).to(drafts.ids.device),
+        )
+        column = torch.arange(k, device=drafts.ids.device)
+        kept = column < verdict.num_accepted[:, None]
+        replaced = (column == verdict.num_accepted[:, None]) & (verdict.replacement_ids >= 0)[:, None]
+        tokens = torch.where(kept, drafts.ids, verdict.replacement_ids[:, None])
+        emitted = kept | replaced
+        student, teacher, ids = drafts.student_logprobs[emitted], drafts.teacher_logprobs[emitted], tokens[emitted]
+        support_ids, support_student_logprobs, student_tail = desk.support(student)
+        where = emitted.cpu().numpy()
+        desk.tape.write(
+            np.broadcast_to(numbers[:, None], where.shape)[where],
+            every_position[where],
+            token_id=ids,
+            behaviour_logprob=verdict.behaviour_logprobs[emitted],
+            student_logprob=_at(student, ids),
+            teacher_logprob=_at(teacher, ids),
+            beta=verdict.beta[emitted],
+            divergence=verdict.divergence[emitted],
+            accepted=kept[emitted],
+            support_ids=support_ids,
+            support_student_logprobs=support_student_logprobs,
+            support_teacher_logprobs=teacher.gather(-1, support_ids),
+            student_tail_logprob=student_tail,
+            teacher_tail_logprob=_outside(teacher, support_ids),
+        )
+        return np.where(where, tokens.cpu().numpy(), -1)
+
+
+class _Drafts:
+    """Flat drafts [D] of B rows as [B, k], k being the longest; a shorter row repeats its last draft."""
+
+    def __init__(self, num_drafted: Array, ids: Tensor, student_logprobs: Tensor, teacher_logprobs: Tensor) -> None:
+        first = np.cumsum(num_drafted) - num_drafted
+        column = np.minimum(np.arange(num_drafted.max()), num_drafted[:, None] - 1)
+        index = _on(ids, first[:, None] + column)
+        self.num_drafted = _on(ids, num_drafted)
+        self.ids = ids[index].long()
+        self.student_logprobs = student_logprobs[index]
+        self.teacher_logprobs = teacher_logprobs[index]
+
+
+class RecordingWorker:
+    """Mixed into vLLM's worker; the engine calls these methods by name."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def tutelage_install(self, laws: Laws) -> None:
+        """Replace vLLM's samplers by ours."""
+        runner = self.model_runner
+        desk = Desk(laws=laws, runner=runner, tape=Tape(), job=SampleJob(requests=()))
+        self._tutelage_desk, self._tutelage_blending = desk, BlendingSampler(desk)
+        runner.sampler = RecordingSampler(desk)
+        runner._get_prompt_logprobs_dict = CompletionScorer(desk)
+        if runner.speculative_config is not None:
+            runner.rejection_sampler = self._tutelage_blending
+            runner.drafter._sample_draft_tokens = self._tutelage_blending.draft
+
+    def tutelage_set_job(self, job: SampleJob | ScoreJob) -> None:
+        """Say what the coming requests are, and forget what was recorded before."""
+        self._tutelage_desk.job = job
+        self._tutelage_desk.tape.read()
+        self._tutelage_blending.num_undrafted = 0
+
+    def tutelage_read_record(self) -> Record:
+        """Return what was recorded, and forget it."""
+        return Record(columns=self._tutelage_desk.tape.read(), num_undrafted=self._tutelage_blending.num_undrafted)
+
+    def tutelage_load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the student's weights in place: the drafter's where there is one.
+
+        `load_weights` of the model would fail on CPU, where weights are packed after loading.
+        """
+        runner = self.model_runner
+        student = runner.get_model() if runner.speculative_config is None else runner.drafter.model
+        with set_current_vllm_config(self.vllm_config):
+            reload_weights(
+                self.vllm_config, student, weights_iterator=weights, weights_path=None, is_checkpoint_format=True
+            )
+
+
+def _sampler_output(token_ids: Tensor) -> SamplerOutput:
+    return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=None)
+
+
+def _on(like: Tensor, values: Array) -> Tensor:
+    """Indices or ids as an int64 tensor beside `like`."""
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(like.device)
+
+
+def _at(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """[N, V] at [N] ids."""
+    return logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Log mass outside [N, K] ids, by logsumexp over the complement; [N]."""
+    if ids.shape[-1] == 0:
+        return torch.zeros_like(logprobs[:, 0])
+    return torch.logsumexp(logprobs.scatter(-1, ids, -torch.inf), dim=-1)

@@ -1,0 +1,271 @@
+"""Samplers: each turns prompts into complete rollouts in its own way, and the loop knows only their interface.
+
+A sampler does not wait: it sends calls to its actors and returns the references, one per shard, which whoever
+called it then owns.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol, TypedDict
+
+import pyarrow as pa
+import ray
+
+from actors.blending import BlendingService
+from actors.config import BlendingSection, ModelPoolSection, PoolSection
+from actors.engines.build import EngineSpec
+from actors.experience import Prompt, requests_to_arrow
+from actors.one_engine import OneEngineActor
+from actors.pools import Pool
+from actors.student import StudentActor
+from actors.teacher import TeacherActor
+from actors.weights import PolicyWeights
+
+RolloutRef = ray.ObjectRef[pa.RecordBatch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleJob:
+    """What to sample, and from which weights."""
+
+    prompts: Sequence[Prompt]
+    group_size: int
+    weights: PolicyWeights
+    epsilon: float
+    max_new_tokens: int
+
+    def split(self, count: int) -> list["SampleJob"]:
+        """Return at most `count` jobs of neighbouring prompts, as even as can be; groups stay whole."""
+        bounds = [len(self.prompts) * i // count for i in range(count + 1)]
+        return [replace(self, prompts=self.prompts[a:b]) for a, b in pairwise(bounds) if b > a]
+
+    def shards(self, count: int) -> list[pa.RecordBatch]:
+        """The requests of each part of `split`."""
+        return [requests_to_arrow(job.prompts, job.group_size) for job in self.split(count)]
+
+
+class Sampler(Protocol):
+    """Prompts in, references to complete ungraded rollouts out."""
+
+    changeover_s: float | None
+    """Seconds that the change from blended to plain rollouts took, once it has happened."""
+
+    def start(self) -> None:
+        """Start the actors and wait until they are ready."""
+
+    def sample(self, job: SampleJob) -> list[RolloutRef]:
+        """Send the job out; one reference to a rollout record batch for each part of `job.split`."""
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """Likewise from the student alone, whatever the job's budget: for evaluation."""
+
+    def close(self) -> None:
+        """End the actors."""
+
+
+class PlainSampler:
+    """The student samples alone; the teacher, if there is one, scores the finished completions."""
+
+    changeover_s: float | None = None
+
+    def __init__(
+        self,
+        students: ModelPoolSection,
+        student: EngineSpec,
+        teachers: ModelPoolSection | None = None,
+        teacher: EngineSpec | None = None,
+    ) -> None:
+        self._sections, self._specs = (students, teachers), (student, teacher)
+        self.students: Pool | None = None
+        self.teachers: Pool | None = None
+
+    def start(self) -> None:
+        """Start students, and teachers if there are any, side by side."""
+        if self.students is not None:
+            return
+        (students, teachers), (student, teacher) = self._sections, self._specs
+        self.students = Pool(
+            "student",
+            lambda name: (StudentActor, (name, student), {}),
+            environment=student.environment,
+            **_resources(students),
+        )
+        if teachers is not None and teacher is not None:
+            self.teachers = Pool(
+                "teacher",
+                lambda name: (TeacherActor, (name, teacher), {}),
+                environment=teacher.environment,
+                **_resources(teachers),
+            )
+            self.teachers.wait()
+        self.students.wait()
+
+    def sample(self, job: SampleJob) -> list[RolloutRef]:
+        """Each student samples a shard, a teacher scores it when it is done."""
+        assert self.students is not None
+        refs = []
+        for i, shard in enumerate(job.shards(len(self.students))):
+            rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens)
+            refs.append(rollouts if self.teachers is None else self.teachers[i].score_rollouts.remote(rollouts))
+        return refs
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """The same: there is only the student."""
+        return self.sample(job)
+
+    def close(self) -> None:
+        """End both pools."""
+        for pool in (self.students, self.teachers):
+            if pool is not None:
+                pool.close()
+        self.students = self.teachers = None
+
+
+class TrustRegionSampler:
+    """TRB with students and teachers in their own actors and the blending service between them."""
+
+    def __init__(self, plain: PlainSampler, section: BlendingSection, student: EngineSpec) -> None:
+        self._plain, self._section, self._student = plain, section, student
+        self._blenders: Pool | None = None
+
+    def start(self) -> None:
+        """Start the blenders beside the plain sampler's actors."""
+        self._plain.start()
+        assert self._plain.students is not None
+        spec = self._student
+        arguments = {"model": spec.model, "seed": spec.seed, "stop_token_id": spec.stop_token_id,
+                     "threads": spec.section.threads}  # fmt: skip
+        self._blenders = Pool(
+            "blending",
+            lambda name: (BlendingService, (name,), arguments),
+            environment={"OMP_NUM_THREADS": str(spec.section.threads)},
+            # A service drives as many students at once as fall to it.
+            max_concurrency=-(-len(self._plain.students) // self._section.num_actors),
+            **_resources(self._section),
+        )
+        self._blenders.wait()
+
+    def sample(self, job: SampleJob) -> list[RolloutRef]:
+        """A blender drives each shard through one student and one teacher."""
+        students, teachers = self._plain.students, self._plain.teachers
+        assert self._blenders is not None
+        assert students is not None
+        assert teachers is not None
+        return [
+            self._blenders[i].rollout.remote(
+                shard, students[i], teachers[i], job.weights, job.epsilon, job.max_new_tokens,
+                self._section.draft_length,
+            )
+            for i, shard in enumerate(job.shards(len(students)))
+        ]  # fmt: skip
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """The plain sampler, over the same actors."""
+        return self._plain.sample(job)
+
+    def close(self) -> None:
+        """End the blenders; the plain sampler's actors stay."""
+        if self._blenders is not None:
+            self._blenders.close()
+        self._blenders = None
+
+
+class OneEngineSampler:
+    """TRB with student and teacher in one vLLM engine, as many engines as there are to be students."""
+
+    def __init__(
+        self, students: ModelPoolSection, student: EngineSpec, teacher_model: str, section: BlendingSection
+    ) -> None:
+        self._students, self._spec, self._teacher_model, self._section = students, student, teacher_model, section
+        self._engines: Pool | None = None
+
+    def start(self) -> None:
+        """Start the engines."""
+        self._engines = Pool(
+            "student-teacher",
+            lambda name: (OneEngineActor, (name, self._spec, self._teacher_model, self._section.draft_length), {}),
+            environment=self._spec.environment,
+            **_resources(self._students),
+        )
+        self._engines.wait()
+
+    def sample(self, job: SampleJob) -> list[RolloutRef]:
+        """Each engine samples a shard."""
+        assert self._engines is not None
+        return [
+            self._engines[i].sample.remote(shard, job.weights, job.epsilon, job.max_new_tokens)
+            for i, shard in enumerate(job.shards(len(self._engines)))
+        ]
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """With no budget mu is the student, and the engine keeps every draft."""
+        return self.sample(replace(job, epsilon=0.0))
+
+    def close(self) -> None:
+        """End the engines."""
+        if self._engines is not None:
+            self._engines.close()
+        self._engines = None
+
+
+class AnnealedSampler:
+    """Blends while the budget is above 0; from the first training job without one, steps aside for the plain sampler."""
+
+    def __init__(self, blended: TrustRegionSampler | OneEngineSampler, plain: PlainSampler) -> None:
+        self._blended: TrustRegionSampler | OneEngineSampler | None = blended
+        self._plain = plain
+        self._in_flight: list[RolloutRef] = []
+        self.changeover_s: float | None = None
+        """Seconds that stepping aside took, once it has happened."""
+
+    def start(self) -> None:
+        """Start what blends; plain actors of their own follow when they are first needed."""
+        assert self._blended is not None
+        self._blended.start()
+
+    def sample(self, job: SampleJob) -> list[RolloutRef]:
+        """Send the job to whichever sampler its budget asks for."""
+        if self._blended is None or job.epsilon == 0:
+            self._step_aside()
+            return self._plain.sample(job)
+        refs = self._blended.sample(job)
+        self._in_flight = [*self._unfinished(), *refs]
+        return refs
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """Ask whichever sampler is in charge."""
+        return (self._blended or self._plain).sample_student(job)
+
+    def close(self) -> None:
+        """End everything."""
+        if self._blended is not None:
+            self._blended.close()
+        self._plain.close()
+
+    def _unfinished(self) -> list[RolloutRef]:
+        if not self._in_flight:
+            return []
+        return list(ray.wait(self._in_flight, num_returns=len(self._in_flight), timeout=0)[1])
+
+    def _step_aside(self) -> None:
+        if self._blended is None:
+            return
+        began = time.monotonic()
+        if self._in_flight:
+            ray.wait(self._in_flight, num_returns=len(self._in_flight))
+        self._blended.close()
+        self._blended, self._in_flight = None, []
+        self._plain.start()
+        self.changeover_s = time.monotonic() - began
+
+
+class _Resources(TypedDict):
+    num_actors: int
+    num_cpus: float
+    num_gpus: float
+
+
+def _resources(section: PoolSection) -> _Resources:
+    return {"num_actors": section.num_actors, "num_cpus": section.num_cpus, "num_gpus": section.num_gpus}

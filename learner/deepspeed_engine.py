@@ -1,0 +1,308 @@
+"""The DeepSpeed side of one learner rank; the only module that imports deepspeed.
+
+Everything here is collective: all ranks construct, step, publish, save and load together and in the same order.
+Written against DeepSpeed 0.19.8.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed import ops
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from learner.config import LearnerSection
+from learner.errors import NonFiniteLossError
+from learner.learning_rate import learning_rate_factor
+from learner.losses import Loss, LossInputs
+from learner.micro_batches import MicroBatch
+
+_TAG = "deepspeed"
+_FACTS = "learner.json"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What an applied step was; the same on all ranks."""
+
+    loss: float
+    """Mean over the training tokens of all ranks."""
+    metrics: Mapping[str, float]
+    """Likewise."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """That the step was taken with."""
+
+
+def join_process_group(device: torch.device) -> None:
+    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: gloo on CPU, NCCL on GPU."""
+    # DeepSpeed would compile a C++ operator for collectives in shared memory, which only its inference uses, and fail
+    # without a compiler. It looks the operator up in this table, which an empty one keeps it from filling by probing.
+    ops.__compatible_ops__ = {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+class DeepSpeedEngine:
+    """A Hugging Face causal language model under ZeRO 1-3 with torch's AdamW.
+
+    torch's own optimizer needs no compiler at run time, where DeepSpeed's are compiled on first use. Every rank reads
+    the whole model from the folder before ZeRO spreads it.
+
+    Args:
+        model_folder: of the student; parameters are held in the section's dtype.
+        section: the recipe's.
+        num_micro_batches: of each rank at each step.
+        num_steps: of the whole run, for the learning rate's schedule.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self,
+        model_folder: str,
+        section: LearnerSection,
+        *,
+        num_micro_batches: int,
+        num_steps: int,
+        device: torch.device,
+    ) -> None:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, section.dtype))
+        model.to(device)
+        model.train()
+        if section.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=section.learning_rate,
+            betas=section.adam_betas,
+            weight_decay=section.weight_decay,
+        )
+        factor = partial(
+            learning_rate_factor,
+            schedule=section.lr_schedule,
+            warmup_steps=section.warmup_steps,
+            num_steps=num_steps,
+        )
+        num_parameters = sum(p.numel() for p in model.parameters())
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            config=_deepspeed_config(section, num_micro_batches, num_parameters, model.config.hidden_size),
+            dist_init_required=False,
+        )
+        self._model = model
+        self._section = section
+        self._num_micro_batches = num_micro_batches
+        self._device = device
+        self._rank = torch.distributed.get_rank()
+        self._policy_version = 0
+
+    @property
+    def policy_version(self) -> int:
+        """Optimizer steps applied, over all runs that the checkpoints came from."""
+        return self._policy_version
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, loss: Loss, num_tokens: int) -> StepOutcome:
+        """Take one optimizer step on this rank's micro-batches.
+
+        The gradient applied, before clipping, is that of the sum of all ranks' per-token losses over `num_tokens`.
+
+        Raises:
+            NonFiniteLossError: on all ranks, naming the rollouts of any rank whose loss was not finite. Neither weights
+                nor optimizer nor learning rate have changed, and the next step may be taken.
+        """
+        assert len(micro_batches) == self._num_micro_batches, f"{len(micro_batches)} micro-batches"
+        # DeepSpeed averages gradients over ranks.
+        scale = self._engine.world_size / num_tokens
+        totals: dict[str, Tensor] = {}
+        row_losses = []
+        learning_rate = float(self._engine.get_lr()[0])
+        for micro_batch in micro_batches:
+            outputs = loss(self._loss_inputs(micro_batch))
+            summed = outputs.per_token.sum()
+            # A rank cannot leave the collectives of a step by itself. An infinite loss may have a finite gradient, so
+            # it is made to spoil it: DeepSpeed then skips the step on all ranks and clears what was accumulated.
+            spoiler = torch.where(summed.detach().isfinite(), 1.0, torch.nan)
+            self._engine.backward(summed * scale * spoiler, scale_wrt_gas=False)
+            self._engine.step()
+            row_losses.append(outputs.per_token.detach().sum(1))
+            for name, value in {"loss": summed.detach(), **outputs.metrics}.items():
+                totals[name] = totals.get(name, torch.zeros((), device=self._device)) + value
+        if not self._engine.was_step_applied():
+            raise NonFiniteLossError(self._describe_failure(micro_batches, row_losses))
+        self._policy_version += 1
+        sums = torch.stack(list(totals.values())).double()
+        torch.distributed.all_reduce(sums)
+        means = dict(zip(totals, (sums / num_tokens).tolist(), strict=True))
+        return StepOutcome(
+            loss=means.pop("loss"),
+            metrics=means,
+            grad_norm=float(self._engine.get_global_grad_norm()),
+            learning_rate=learning_rate,
+        )
+
+    def gathered_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield all parameters in buckets of about that size, on rank 0; empty lists on the others.
+
+        All ranks must run through it. A bucket's tensors are only valid until the next one is asked for.
+        """
+        for bucket in self._buckets(bucket_bytes):
+            with self._gathered([parameter for _, parameter in bucket]):
+                yield [(name, parameter.detach()) for name, parameter in bucket] if self._rank == 0 else []
+
+    def save(self, folder: str, client_state: Mapping[str, Any]) -> None:
+        """Write weights, optimizer and schedule of all ranks, and the caller's own state, into a folder all share."""
+        if self._rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            facts = {**self._shape(), "policy_version": self._policy_version}
+            (Path(folder) / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        self._engine.save_checkpoint(folder, tag=_TAG, client_state={"client_state": dict(client_state)})
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Continue from a folder that `save` wrote, and return the caller's state.
+
+        Raises:
+            ValueError: if it was written by another number of ranks, or another ZeRO stage or dtype.
+            FileNotFoundError: if no checkpoint is there.
+        """
+        path = Path(folder) / _FACTS
+        if not path.is_file():
+            raise FileNotFoundError(f"a checkpoint of the learner must hold {_FACTS}, got none in {folder}")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in self._shape().items():
+            if facts[name] != value:
+                raise ValueError(
+                    f"learner.{name} must be as it was when the checkpoint was written, {facts[name]!r}, got {value!r} "
+                    f"({folder})"
+                )
+        found, state = self._engine.load_checkpoint(folder, tag=_TAG)
+        if found is None:
+            raise FileNotFoundError(f"a checkpoint of the learner must hold {_TAG}/, got none in {folder}")
+        self._policy_version = int(facts["policy_version"])
+        client_state: dict[str, Any] = state["client_state"]
+        return client_state
+
+    def save_hf(self, folder: str, tokenizer_source: str) -> None:
+        """Write the weights as a Hugging Face folder, with the tokenizer's files copied from another folder."""
+        weights: dict[str, Tensor] = {}
+        for bucket in self.gathered_weights(bucket_bytes=2**30):
+            weights |= {name: tensor.cpu().clone() for name, tensor in bucket}
+        if self._rank == 0:
+            self._model.save_pretrained(folder, state_dict=weights)
+            for pattern in _TOKENIZER_FILES:
+                for file in Path(tokenizer_source).glob(pattern):
+                    shutil.copy(file, folder)
+        torch.distributed.barrier()
+
+    def _shape(self) -> dict[str, Any]:
+        """What a checkpoint cannot be read across."""
+        return {
+            "world_size": self._engine.world_size,
+            "zero_stage": self._section.zero_stage,
+            "dtype": self._section.dtype,
+        }
+
+    def _loss_inputs(self, micro_batch: MicroBatch) -> LossInputs:
+        """Run the model on a micro-batch; logits are computed in its window only."""
+        batch = micro_batch.to(self._device)
+        logits = self._engine(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=batch.token_ids.shape[1],
+            use_cache=False,
+        ).logits
+        return LossInputs(
+            logits=logits,
+            token_ids=batch.token_ids,
+            loss_mask=batch.loss_mask,
+            behaviour_logprobs=batch.behaviour_logprobs,
+            advantages=batch.advantages,
+            support_ids=batch.support_ids,
+            support_teacher_logprobs=batch.support_teacher_logprobs,
+        )
+
+    def _describe_failure(self, micro_batches: Sequence[MicroBatch], row_losses: Sequence[Tensor]) -> str:
+        """Return the error's message, with the rollouts of all ranks whose loss is not finite."""
+        mine = [
+            rollout
+            for micro_batch, losses in zip(micro_batches, row_losses, strict=True)
+            for rollout, finite in zip(micro_batch.rollouts, losses.isfinite().tolist(), strict=True)
+            if not finite
+        ]
+        everyones: list[list[tuple[str, int]]] = [[] for _ in range(self._engine.world_size)]
+        torch.distributed.all_gather_object(everyones, mine)
+        names = [f"{prompt_id}/{sample_index}" for rank in everyones for prompt_id, sample_index in rank]
+        what = (
+            f"the loss of prompt_id/sample_index {', '.join(names[:16])}"
+            if names
+            else "the gradient, of finite losses,"
+        )
+        return (
+            f"loss and gradient must be finite, but {what} was not; the step after version {self._policy_version} "
+            "was not applied"
+        )
+
+    def _buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+        """Yield named parameters in buckets; a parameter larger than the limit is a bucket of its own."""
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        filled = 0
+        for name, parameter in self._model.named_parameters():
+            # Under stage 3 a parameter that is not gathered has no elements of its own.
+            num_elements = parameter.ds_numel if self._section.zero_stage == 3 else parameter.numel()
+            num_bytes = num_elements * parameter.element_size()
+            if bucket and filled + num_bytes > bucket_bytes:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append((name, parameter))
+            filled += num_bytes
+        if bucket:
+            yield bucket
+
+    def _gathered(self, parameters: list[torch.nn.Parameter]) -> Any:
+        if self._section.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+
+
+def _deepspeed_config(
+    section: LearnerSection, num_micro_batches: int, num_parameters: int, hidden_size: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration."""
+    # Buffers of the default size, 5e8 elements, are allocated however small the model is.
+    bucket_size = min(num_parameters, 500_000_000)
+    return {
+        "train_micro_batch_size_per_gpu": section.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": section.grad_clip,
+        "bf16": {"enabled": section.dtype == "bfloat16"},
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": section.zero_stage,
+            "reduce_bucket_size": bucket_size,
+            "allgather_bucket_size": bucket_size,
+            # Matrices are spread over the ranks, vectors (norms, biases) are not worth it.
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        },
+    }

@@ -1,0 +1,177 @@
+"""One learner rank: the body of a Ray actor around `DeepSpeedEngine`."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+
+from actors.experience import rollouts_from_arrow
+from actors.weights import PolicyWeights, pack_bucket
+from learner.batcher import TrainBatch
+from learner.config import LearnerSection
+from learner.losses import ReverseKL, build_loss
+from learner.micro_batches import TrainRow, build_micro_batch, deal_rows
+
+if TYPE_CHECKING:
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+_BUCKET_BYTES = 256 * 2**20
+"""Size of one object of published weights: large enough for few objects, small enough to hold two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What an optimizer step did; the same on all ranks."""
+
+    policy_version: int
+    """Optimizer steps applied so far, this one included."""
+    loss: float
+    """Mean per token."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """That the step was taken with."""
+    metrics: Mapping[str, float]
+    """The loss's own, each a mean per token (`learner.losses`)."""
+    num_tokens: int
+    """Completion tokens learned from."""
+
+
+class LearnerRank:
+    """Learns its share of every batch together with the other ranks.
+
+    Args:
+        name: for people: of the actor, and before each line that it logs.
+        rank: from 0; rank 0 publishes.
+        world_size: number of ranks.
+        section: the recipe's.
+        model_folder: of the student, on a disk that this rank's machine sees.
+        rollouts_per_step: N of every batch.
+        num_steps: of the whole run, for the learning rate's schedule.
+        temperature: of the sampler.
+
+    Raises:
+        ValueError: if N rollouts do not fill whole micro-batches on all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        rank: int,
+        world_size: int,
+        section: LearnerSection,
+        model_folder: str,
+        rollouts_per_step: int,
+        num_steps: int,
+        temperature: float = 1.0,
+    ) -> None:
+        torch.set_num_threads(section.threads)
+        self._name = name
+        self._rank = rank
+        self._world_size = world_size
+        self._section = section
+        self._model_folder = model_folder
+        self._num_micro_batches = rollouts_per_step // section.rollouts_per_round
+        self._num_steps = num_steps
+        self._loss = build_loss(section.objective, temperature=temperature)
+        self._engine: DeepSpeedEngine | None = None
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def address(self) -> tuple[str, int]:
+        """Return this machine's address and a port that is free on it now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            return host, int(probe.getsockname()[1])
+
+    def connect(self, master_address: str, master_port: int, *, one_machine: bool) -> None:
+        """Join the other ranks, who must do so at the same time, and load the model."""
+        os.environ.update(
+            RANK=str(self._rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self._world_size),
+            MASTER_ADDR=master_address,
+            MASTER_PORT=str(master_port),
+        )
+        if one_machine:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        # Imported here: it takes seconds, and the process that only creates this actor has no need of it.
+        from learner.deepspeed_engine import DeepSpeedEngine, join_process_group
+
+        device = torch.device("cuda" if self._section.num_gpus else "cpu")
+        join_process_group(device)
+        self._engine = DeepSpeedEngine(
+            self._model_folder,
+            self._section,
+            num_micro_batches=self._num_micro_batches,
+            num_steps=self._num_steps,
+            device=device,
+        )
+
+    def step(self, batch: TrainBatch) -> StepReport:
+        """Learn from this rank's share of the batch.
+
+        Raises:
+            NonFiniteLossError: if the step could not be applied; the weights are as before.
+            ValueError: if the batch does not fit the recipe.
+        """
+        rows = self._rows(batch)
+        mine = deal_rows(
+            [row.length for row in rows],
+            world_size=self._world_size,
+            micro_batch_size=self._section.micro_batch_size,
+        )[self._rank]
+        size = self._loss.support_size if isinstance(self._loss, ReverseKL) else 0
+        micro_batches = [build_micro_batch([rows[i] for i in indices], support_size=size) for indices in mine]
+        outcome = self._connected.step(micro_batches, loss=self._loss, num_tokens=batch.num_tokens)
+        return StepReport(
+            policy_version=self._connected.policy_version,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            learning_rate=outcome.learning_rate,
+            metrics=outcome.metrics,
+            num_tokens=batch.num_tokens,
+        )
+
+    def publish(self) -> PolicyWeights | None:
+        """Put the current weights into the object store; rank 0 returns where they are, the others None."""
+        buckets = []
+        for bucket in self._connected.gathered_weights(_BUCKET_BYTES):
+            if self._rank == 0:
+                buckets.append(ray.put(pack_bucket(bucket)))
+        if self._rank != 0:
+            return None
+        return PolicyWeights(policy_version=self._connected.policy_version, buckets=tuple(buckets))
+
+    def save(self, folder: str, client_state: Mapping[str, Any]) -> None:
+        """Write what `load` needs into a folder that all ranks share."""
+        self._connected.save(folder, client_state)
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Continue from a folder that `save` wrote; return its client state."""
+        return self._connected.load(folder)
+
+    def save_hf(self, folder: str) -> None:
+        """Write the weights, with the student's tokenizer, as a Hugging Face folder."""
+        self._connected.save_hf(folder, self._model_folder)
+
+    @property
+    def _connected(self) -> "DeepSpeedEngine":
+        assert self._engine is not None, "connect() comes first"
+        return self._engine
+
+    @staticmethod
+    def _rows(batch: TrainBatch) -> list[TrainRow]:
+        """Read all shards, without copying their arrays, and join them with what the batcher decided."""
+        rollouts = [rollout for shard in ray.get(list(batch.shards)) for rollout in rollouts_from_arrow(shard)]
+        return [
+            TrainRow(rollout=rollout, advantage=float(advantage), trains=bool(trains))
+            for rollout, advantage, trains in zip(rollouts, batch.advantages, batch.trains, strict=True)
+        ]

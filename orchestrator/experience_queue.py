@@ -1,0 +1,210 @@
+"""The bounded queue between rollouts and learner. It owns the experience: its calls make it, so it outlives samplers.
+
+A batch is requested with the weights and the budget it is to be sampled with, and taken when the learner needs it:
+
+    request(i)  ->  sampler (students, blenders, teachers)  ->  graders  ->  take(i)
+
+Nothing waits in `request`; `take` waits for batch i. The caller requests batch i only when the policy is at most
+`max_staleness` versions behind i, so the queue holds at most `max_staleness + 1` batches and none is ever staler.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import ObjectLostError, RayActorError
+
+from actors.config import BlendingSection, ModelPoolSection
+from actors.engines.build import EngineSpec
+from actors.pools import Pool
+from actors.sampling import (
+    AnnealedSampler,
+    OneEngineSampler,
+    PlainSampler,
+    RolloutRef,
+    SampleJob,
+    Sampler,
+    TrustRegionSampler,
+)
+from actors.weights import PolicyWeights
+from orchestrator.models import model_location
+from orchestrator.prompts import build_source
+from orchestrator.recipe import Recipe
+from orchestrator.tokenization import PromptEncoder, check_teacher
+from rewards.grader_actor import GraderActor
+
+_ATTEMPTS = 4
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """One batch of graded rollouts, in the order of its prompts."""
+
+    shards: tuple[RolloutRef, ...]
+    """Graded rollouts (actors/experience.py), owned by the queue."""
+    summaries: tuple[pa.RecordBatch, ...]
+    """prompt_id, sample_index, reward, status and num_tokens of each row of the shards."""
+    num_retries: int
+    """How often a shard had to be sampled again because an actor died."""
+    sampling_s: float
+    """From the request until all shards were graded."""
+    changeover_s: float | None
+    """Seconds that the change from blended to plain rollouts took, once it has happened."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shard:
+    job: SampleJob
+    graded: RolloutRef
+    summary: RolloutRef
+    num_retries: int = 0
+
+
+class ExperienceQueue:
+    """Turns requests into graded rollouts; the body of the actor `experience-queue`."""
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        self._name, self._recipe = name, recipe
+        self._graders: Pool | None = None
+        self._batches: dict[int, tuple[float, list[_Shard]]] = {}
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def start(self) -> str:
+        """Check the prompts, start samplers and graders; return the queue's name when they are ready.
+
+        Raises:
+            UserError: for models or prompts that cannot be used.
+        """
+        recipe = self._recipe
+        self._encoder = PromptEncoder(
+            recipe.students.model,
+            stop_token=recipe.rollouts.stop_token,
+            max_prompt_tokens=recipe.rollouts.max_prompt_tokens,
+        )
+        check_teacher(recipe, self._encoder)
+        self._source = build_source(recipe.data, recipe.seed)
+        self._encoder.encode(list(self._source.everything()))
+        self._sampler = build_sampler(recipe, self._encoder.stop_token_id)
+        section = self._recipe.graders
+        self._graders = Pool(
+            "grader",
+            lambda name: (GraderActor, (name, section), {}),
+            num_actors=section.num_actors,
+            num_cpus=section.num_cpus,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
+        self._sampler.start()
+        self._graders.wait()
+        return self._name
+
+    def request(self, index: int, weights: PolicyWeights, epsilon: float) -> None:
+        """Send batch `index` to be sampled with these weights at this budget."""
+        rollouts = self._recipe.rollouts
+        prompts = self._source.training(index * rollouts.prompts_per_step, rollouts.prompts_per_step)
+        job = SampleJob(
+            prompts=self._encoder.encode(prompts),
+            group_size=rollouts.group_size,
+            weights=weights,
+            epsilon=epsilon,
+            max_new_tokens=rollouts.max_new_tokens,
+        )
+        held = max(self._batches, default=index) - min(self._batches, default=index) + 1
+        assert held <= rollouts.max_staleness + 1, f"the queue holds {held} batches"
+        self._batches[index] = (time.monotonic(), self._send(job, self._sampler.sample))
+
+    def take(self, index: int) -> Experience:
+        """Wait for batch `index`, hand it over and forget it."""
+        began, shards = self._batches.pop(index)
+        return self._collect(began, shards, self._sampler.sample)
+
+    def evaluate(self, weights: PolicyWeights) -> Experience:
+        """Sample the held-out prompts from the student alone, and grade them."""
+        section, rollouts = self._recipe.evaluation, self._recipe.rollouts
+        job = SampleJob(
+            prompts=self._encoder.encode(self._source.held_out(section.num_prompts)),
+            group_size=section.num_samples,
+            weights=weights,
+            epsilon=0.0,
+            max_new_tokens=rollouts.max_new_tokens,
+        )
+        began = time.monotonic()
+        return self._collect(began, self._send(job, self._sampler.sample_student), self._sampler.sample_student)
+
+    def close(self) -> None:
+        """End samplers and graders."""
+        self._sampler.close()
+        if self._graders is not None:
+            ray.get([grader.close.remote() for grader in self._graders.actors])
+            self._graders.close()
+
+    def _send(self, job: SampleJob, sample: Any) -> list[_Shard]:
+        assert self._graders is not None
+        refs = sample(job)
+        shards = []
+        for i, (part, rollouts) in enumerate(zip(job.split(len(refs)), refs, strict=True)):
+            graded, summary = self._graders[i].grade.options(num_returns=2).remote(rollouts)
+            shards.append(_Shard(job=part, graded=graded, summary=summary))
+        return shards
+
+    def _collect(self, began: float, shards: Sequence[_Shard], sample: Any) -> Experience:
+        done = [piece for shard in shards for piece in self._finished(shard, sample)]
+        return Experience(
+            shards=tuple(shard.graded for shard, _ in done),
+            summaries=tuple(summary for _, summary in done),
+            num_retries=sum(shard.num_retries for shard, _ in done),
+            sampling_s=time.monotonic() - began,
+            changeover_s=self._sampler.changeover_s,
+        )
+
+    def _finished(self, shard: _Shard, sample: Any) -> list[tuple[_Shard, pa.RecordBatch]]:
+        """Wait for a shard; sample it again where an actor died on the way. The draws are the same again."""
+        try:
+            return [(shard, ray.get(shard.summary))]
+        except (RayActorError, ObjectLostError):
+            if shard.num_retries + 1 >= _ATTEMPTS:
+                raise
+            time.sleep(_RETRY_S)
+            again = self._send(shard.job, sample)
+            again[0] = replace(again[0], num_retries=shard.num_retries + 1)
+            return [piece for part in again for piece in self._finished(part, sample)]
+
+
+def build_sampler(recipe: Recipe, stop_token_id: int) -> Sampler:
+    """Return the sampler that the recipe describes."""
+    student = _engine_spec(recipe, recipe.students, stop_token_id)
+    if recipe.teachers is None:
+        return PlainSampler(recipe.students, student)
+    teacher = _engine_spec(recipe, recipe.teachers, stop_token_id)
+    plain = PlainSampler(recipe.students, student, recipe.teachers, teacher)
+    if recipe.blending is None or recipe.blending.epsilon == 0:
+        return plain
+    return AnnealedSampler(_blended(recipe, recipe.blending, plain, student, teacher), plain)
+
+
+def _blended(
+    recipe: Recipe, section: BlendingSection, plain: PlainSampler, student: EngineSpec, teacher: EngineSpec
+) -> TrustRegionSampler | OneEngineSampler:
+    if recipe.engine.type == "vllm":
+        return OneEngineSampler(recipe.students, student, teacher.model, section)
+    return TrustRegionSampler(plain, section, student)
+
+
+def _engine_spec(recipe: Recipe, pool: ModelPoolSection, stop_token_id: int) -> EngineSpec:
+    rollouts = recipe.rollouts
+    size = None if rollouts.support_size == "full" else rollouts.support_size
+    return EngineSpec(
+        section=recipe.engine,
+        model=model_location(pool.model),
+        seed=recipe.seed,
+        stop_token_id=stop_token_id,
+        support_size=size if recipe.teachers is not None else 0,
+        temperature=rollouts.temperature,
+        max_model_len=rollouts.max_prompt_tokens + rollouts.max_new_tokens,
+        on_gpu=pool.num_gpus > 0,
+    )

@@ -1,0 +1,136 @@
+"""Where a recipe's models come from, and what can be said of them without loading them."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from learner.tiny_models import TINY_MODELS, make_tiny_models, tiny_folder
+from orchestrator.errors import RunError, UserError
+from orchestrator.recipe import Recipe
+
+
+def check_models(recipe: Recipe) -> list[str]:
+    """Check that the recipe's models exist and speak one vocabulary; return a line on each for the user.
+
+    Models on the Hub, and tiny ones that are not made yet, are taken on trust until the run starts.
+
+    Raises:
+        UserError: if a folder is missing or incomplete, a tiny name is unknown, or student and teacher differ in
+            their vocabularies or stop tokens.
+    """
+    lines = [f"students.model: {check_model('students.model', recipe.students.model)}"]
+    if recipe.teachers is not None:
+        lines.append(f"teachers.model: {check_model('teachers.model', recipe.teachers.model)}")
+        _check_same_vocabulary(recipe)
+    return lines
+
+
+def make_models(*models: str) -> None:
+    """Make those of the models that are tiny ones and not made yet, side by side.
+
+    Raises:
+        RunError: if one could not be made.
+    """
+    try:
+        make_tiny_models(model.removeprefix("tiny:") for model in models if model.startswith("tiny:"))
+    except (RuntimeError, OSError) as error:
+        raise RunError(str(error)) from None
+
+
+def model_location(model: str) -> str:
+    """Return what `from_pretrained` takes for a recipe's model: a folder, or a name on the Hub."""
+    if model.startswith("tiny:"):
+        return str(tiny_folder(model.removeprefix("tiny:")))
+    if model.startswith("hub:"):
+        return model.removeprefix("hub:")
+    return str(Path(model).absolute())
+
+
+def check_model(setting: str, model: str) -> str:
+    """Check one model and return a line on it; `setting` is how an error names it."""
+    if model.startswith("tiny:"):
+        name = model.removeprefix("tiny:")
+        if name not in TINY_MODELS:
+            close = difflib.get_close_matches(name, TINY_MODELS, n=1)
+            hint = f" (did you mean tiny:{close[0]}?)" if close else ""
+            raise UserError(
+                f"{setting} must be one of {', '.join(f'tiny:{n}' for n in TINY_MODELS)}, got {model!r}{hint}"
+            )
+        made = (tiny_folder(name) / "config.json").exists()
+        return f"{model}, {'in' if made else 'will be made in'} {tiny_folder(name)}"
+    if model.startswith("hub:"):
+        return f"{model.removeprefix('hub:')} on the Hugging Face Hub, looked for when the run starts"
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(
+            f"{setting} must be an existing Hugging Face folder, got {model!r}; "
+            "for a model on the Hub write hub:NAME, for a built-in small one tiny:NAME"
+        )
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{setting} must be a Hugging Face folder with a {name}, got {model!r} without one")
+        _read_json(setting, folder / name)
+    return str(folder.absolute())
+
+
+def _check_same_vocabulary(recipe: Recipe) -> None:
+    """Every token must mean the same to both, or their log-probs cannot be compared."""
+    assert recipe.teachers is not None
+    student, teacher = recipe.students.model, recipe.teachers.model
+    ours, theirs = _local_folder(student), _local_folder(teacher)
+    if ours is None or theirs is None:
+        return
+    compare_vocabularies(_vocabulary(ours), _vocabulary(theirs), recipe)
+    keys = ("vocab_size",) if recipe.rollouts.stop_token else ("vocab_size", "eos_token_id")
+    configs = [_read_json("model", folder / "config.json") for folder in (ours, theirs)]
+    for key in keys:
+        compare_settings(key, configs[0].get(key), configs[1].get(key), recipe)
+
+
+def compare_vocabularies(ours: dict[str, int], theirs: dict[str, int], recipe: Recipe) -> None:
+    """Raise a UserError unless student and teacher give every token the same id."""
+    assert recipe.teachers is not None
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        raise UserError(
+            f"teachers.model must have the student's vocabulary, token for token; {len(differing)} tokens differ, "
+            f"for example {differing[0]!r} (students.model {recipe.students.model!r} has {len(ours)} tokens, "
+            f"teachers.model {recipe.teachers.model!r} has {len(theirs)})"
+        )
+
+
+def compare_settings(key: str, ours: Any, theirs: Any, recipe: Recipe) -> None:
+    """Raise a UserError unless student and teacher agree on a setting of their configurations."""
+    assert recipe.teachers is not None
+    if ours != theirs:
+        hint = "; name the one that ends a completion by rollouts.stop_token" if key == "eos_token_id" else ""
+        raise UserError(
+            f"teachers.model must have the student's {key}, {ours}, got {theirs} (students.model "
+            f"{recipe.students.model!r}, teachers.model {recipe.teachers.model!r}){hint}"
+        )
+
+
+def _local_folder(model: str) -> Path | None:
+    if model.startswith("hub:"):
+        return None
+    folder = Path(model_location(model))
+    return folder if (folder / "config.json").exists() else None
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    tokenizer = _read_json("model", folder / "tokenizer.json")
+    inner = tokenizer.get("model", {}).get("vocab", {})
+    vocabulary = dict(inner) if isinstance(inner, dict) else {token: i for i, (token, *_) in enumerate(inner)}
+    vocabulary |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    return vocabulary
+
+
+def _read_json(setting: str, file: Path) -> Any:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting} must be a readable Hugging Face folder, got {file}: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{setting} must be a Hugging Face folder, got {file} without a JSON object")
+    return data

@@ -1,0 +1,165 @@
+"""`tutelage eval`: pass@k of one checkpoint, in this process, without a cluster."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+import pyarrow as pa
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from actors.config import TorchEngineSection, VllmEngineSection
+from actors.engines.build import EngineSpec, build_engine
+from actors.engines.protocol import SequenceRequest
+from actors.experience import Prompt
+from orchestrator.config import AdditionData, CountdownData, DataSection, FileData
+from orchestrator.errors import UserError
+from orchestrator.evaluation import Evaluation, evaluate
+from orchestrator.models import check_model, make_models, model_location
+from orchestrator.prompts import build_source
+from rewards.config import GradersSection
+from rewards.grade import Grade
+from rewards.graders import Graders, require_task
+
+_MAX_PROMPT_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """What the command line asks for."""
+
+    checkpoint: str
+    task: str
+    data: str | None
+    num_prompts: int
+    num_samples: int
+    pass_at: str
+    max_new_tokens: int
+    seed: int
+    engine: str
+    device: str
+
+
+def print_evaluation(request: EvaluationRequest) -> None:
+    """Evaluate and print a table.
+
+    Raises:
+        UserError: for a request that cannot be met; names the option.
+    """
+    ks = _pass_at(request)
+    source = build_source(_data(request), request.seed)
+    check_model("CHECKPOINT", request.checkpoint)
+    for option in ("num_prompts", "num_samples", "max_new_tokens"):
+        if getattr(request, option) < 1:
+            flag = "--" + option.removeprefix("num_").replace("_", "-")
+            raise UserError(f"{flag} must be at least 1, got {getattr(request, option)}")
+    make_models(request.checkpoint)
+    # Threads and engine settings are read when torch and vLLM are first imported, which is below.
+    os.environ.update(_spec(request, stop_token_id=0).environment)
+    from orchestrator.tokenization import PromptEncoder
+
+    encoder = PromptEncoder(request.checkpoint, stop_token=None, max_prompt_tokens=_MAX_PROMPT_TOKENS)
+    prompts = encoder.encode(source.held_out(request.num_prompts))
+    texts = _sample(request, prompts, encoder.stop_token_id)
+    graders = Graders(GradersSection())
+    try:
+        rows = [(prompt, text) for prompt, samples in zip(prompts, texts, strict=True) for text in samples]
+        grades = graders.grade([(text, prompt.task, prompt.reference) for prompt, text in rows])
+    finally:
+        graders.close()
+    _print(request, evaluate([_summary([prompt for prompt, _ in rows], grades)], ks))
+
+
+def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id: int) -> list[list[str]]:
+    """Return the texts of each prompt's samples."""
+    from transformers import AutoTokenizer
+
+    spec = _spec(request, stop_token_id=stop_token_id)
+    engine = build_engine(spec)
+    generations = engine.generate(
+        [
+            SequenceRequest(
+                prompt_id=prompt.prompt_id,
+                sample_index=index,
+                prompt_ids=prompt.token_ids,
+                max_new_tokens=request.max_new_tokens,
+            )
+            for prompt in prompts
+            for index in range(request.num_samples)
+        ]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    texts = tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
+    engine.shutdown()
+    return [texts[i : i + request.num_samples] for i in range(0, len(texts), request.num_samples)]
+
+
+def _spec(request: EvaluationRequest, *, stop_token_id: int) -> EngineSpec:
+    section = VllmEngineSection() if request.engine == "vllm" else TorchEngineSection()
+    return EngineSpec(
+        section=section,
+        model=model_location(request.checkpoint),
+        seed=request.seed,
+        stop_token_id=stop_token_id,
+        support_size=0,
+        temperature=1.0,
+        max_model_len=_MAX_PROMPT_TOKENS + request.max_new_tokens,
+        on_gpu=request.device.startswith("cuda"),
+    )
+
+
+def _pass_at(request: EvaluationRequest) -> list[int]:
+    try:
+        ks = [int(k) for k in request.pass_at.split(",")]
+    except ValueError:
+        raise UserError(f"--pass-at must be whole numbers with commas between, got {request.pass_at!r}") from None
+    # Fewer samples than the default asks for: report what they allow.
+    default = click.get_current_context().get_parameter_source("pass_at") is not click.core.ParameterSource.COMMANDLINE
+    ks = [k for k in ks if k <= request.num_samples] if default else ks
+    wrong = [k for k in ks if not 1 <= k <= request.num_samples]
+    if wrong:
+        raise UserError(f"--pass-at must lie between 1 and --samples ({request.num_samples}), got {wrong[0]}")
+    return ks
+
+
+def _data(request: EvaluationRequest) -> DataSection:
+    try:
+        require_task(request.task)
+        if request.data is not None:
+            return FileData.model_validate({"path": request.data, "held_out_path": request.data, "task": request.task})
+    except ValidationError as error:
+        raise UserError(f"--task: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from None
+    if request.task == "addition":
+        return AdditionData()
+    if request.task == "countdown":
+        return CountdownData()
+    raise UserError(f"--data must name a file of prompts, since --task {request.task} generates none")
+
+
+def _summary(prompts: Sequence[Prompt], grades: Sequence[Grade]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(
+        {
+            "prompt_id": [prompt.prompt_id for prompt in prompts],
+            "reward": [grade.reward for grade in grades],
+            "status": [grade.status.value for grade in grades],
+        }
+    )
+
+
+def _print(request: EvaluationRequest, evaluation: Evaluation) -> None:
+    table = Table(
+        title=f"{request.checkpoint} on {request.task}: {evaluation.num_prompts} held-out prompts x "
+        f"{evaluation.num_samples} samples, mean ± standard error",
+        title_justify="left",
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, estimate in evaluation.estimates.items():
+        table.add_row(name, str(estimate))
+    for status, count in evaluation.statuses.items():
+        table.add_row(status, str(count))
+    Console(highlight=False).print(table)

@@ -1,0 +1,234 @@
+"""The composition root: builds what the loop needs from a recipe, and takes it down again."""
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ray
+
+from actors.weights import PolicyWeights
+from learner.batcher import Batcher, TrainBatch
+from learner.config import PolicyGradientObjective
+from learner.group import LearnerGroup
+from learner.rank import StepReport
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.cluster import check_room, connected
+from orchestrator.evaluation import Evaluation, evaluate
+from orchestrator.experience_queue import Experience, ExperienceQueue
+from orchestrator.interruption import Interruption
+from orchestrator.models import check_models, make_models, model_location
+from orchestrator.progress import Progress
+from orchestrator.recipe import Recipe
+from orchestrator.rollout_metrics import rollout_metrics
+from orchestrator.run_folder import RunFolder
+from orchestrator.schedules import Constant, LinearAnneal, Schedule
+from orchestrator.sinks import Sinks
+
+
+class Queue:
+    """The driver's end of the queue actor."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._actor: Any = (
+            ray.remote(ExperienceQueue)
+            .options(name="experience-queue", num_cpus=0)
+            .remote("experience-queue", recipe)
+        )
+        self._requests: dict[int, Any] = {}
+        ray.get(self._actor.start.remote())
+
+    def request(self, index: int, weights: PolicyWeights, *, epsilon: float) -> None:
+        """Send batch `index` to be sampled; returns at once."""
+        self._requests[index] = self._actor.request.remote(index, weights, epsilon)
+
+    def take(self, index: int) -> Experience:
+        """Wait for batch `index`."""
+        taken = self._actor.take.remote(index)
+        ray.get(self._requests.pop(index))
+        experience: Experience = ray.get(taken)
+        return experience
+
+    def evaluate(self, weights: PolicyWeights) -> Experience:
+        """Sample and grade the held-out prompts."""
+        experience: Experience = ray.get(self._actor.evaluate.remote(weights))
+        return experience
+
+    def close(self) -> None:
+        """End the queue and all its actors."""
+        ray.get(self._actor.close.remote(), timeout=30)
+        ray.kill(self._actor)
+
+
+class Evaluator:
+    """Evaluates the student before, between and after, as the recipe says."""
+
+    def __init__(self, recipe: Recipe, queue: Queue, sinks: Sinks, progress: Progress) -> None:
+        self._recipe, self._queue, self._sinks, self._progress = recipe, queue, sinks, progress
+        self._is_on = recipe.evaluation.num_prompts > 0 and (
+            recipe.data.type != "file" or recipe.data.held_out_path is not None
+        )
+        self._first: Evaluation | None = None
+
+    def before(self, num_steps: int, weights: PolicyWeights) -> None:
+        """Evaluate where the run begins."""
+        if self._is_on:
+            self._first = self._evaluate(num_steps, weights)
+
+    def run_if_due(self, num_steps: int, weights: PolicyWeights) -> None:
+        """Evaluate after that many optimizer steps, if the recipe says so."""
+        every, last = self._recipe.evaluation.every_steps, self._recipe.training.num_steps
+        if self._is_on and every and num_steps % every == 0 and num_steps != last:
+            self._evaluate(num_steps, weights)
+
+    def after(self, num_steps: int, weights: PolicyWeights) -> None:
+        """Evaluate where the run ends, and print both ends."""
+        if self._is_on:
+            self._progress.table(self._first, self._evaluate(num_steps, weights))
+
+    def _evaluate(self, num_steps: int, weights: PolicyWeights) -> Evaluation:
+        experience = self._queue.evaluate(weights)
+        shards = ray.get(list(experience.shards)) if self._recipe.teachers is not None else []
+        evaluation = evaluate(experience.summaries, self._recipe.evaluation.pass_at, shards)
+        self._sinks.write_evaluation(num_steps, {**evaluation.metrics(), "time/evaluation_s": experience.sampling_s})
+        summary = ", ".join(f"{name} {estimate}" for name, estimate in evaluation.estimates.items())
+        self._progress.say(f"held out, after {num_steps} steps: {summary}")
+        return evaluation
+
+
+class Run:
+    """One training run. The loop (orchestrator/loop.py) calls its parts; nothing here decides what the algorithm is."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress, stop: Interruption, *, resume: bool) -> None:
+        """Start the actors on the connected cluster; `resume` continues from the folder's newest checkpoint."""
+        self.recipe, self.folder, self.progress, self._stop = recipe, folder, progress, stop
+        self._closing = ExitStack()
+        try:
+            self._start(resume=resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, *, resume: bool) -> None:
+        recipe, began = self.recipe, time.monotonic()
+        check_room(recipe)
+        self.learner = LearnerGroup(
+            recipe.learner,
+            model_folder=model_location(recipe.students.model),
+            rollouts_per_step=recipe.rollouts.rollouts_per_step,
+            num_steps=recipe.training.num_steps,
+            namespace=ray.get_runtime_context().namespace,
+            temperature=recipe.rollouts.temperature,
+        )
+        self._closing.callback(self.learner.close)
+        self.queue = Queue(recipe)
+        self._closing.callback(self.queue.close)
+        self.checkpoints = Checkpoints(self.folder, recipe.checkpoints, self.learner)
+        self.first_step = self.checkpoints.load_latest() if resume else 0
+        self.folder.forget_after(self.first_step)
+        self._steps_taken = self.first_step
+        self._requested = self.first_step
+        self.budget = build_schedule(recipe)
+        self._batcher = Batcher(objective=recipe.learner.objective)
+        self.sinks = Sinks(self.folder, self.folder.path.name)
+        self._closing.callback(self.sinks.close)
+        self.evaluator = Evaluator(recipe, self.queue, self.sinks, self.progress)
+        self._last_record = time.monotonic()
+        self._changeover_told = resume and self.budget(self.first_step) == 0
+        self.progress.say(f"actors ready in {time.monotonic() - began:.0f} s")
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps still to be taken, until the last or until the run is told to stop."""
+        while self._steps_taken < self.recipe.training.num_steps and not self._stop.requested:
+            yield self._steps_taken
+            self._steps_taken += 1
+
+    def admitted(self, step: int) -> Iterator[int]:
+        """Yield the batches that the staleness bound admits at a step and that were not requested yet."""
+        last = min(step + self.recipe.rollouts.max_staleness, self.recipe.training.num_steps - 1)
+        while self._requested <= last:
+            yield self._requested
+            self._requested += 1
+
+    def pack(self, step: int, experience: Experience) -> tuple[TrainBatch, Mapping[str, float]]:
+        """Return the batch of a step and the metrics of its grades.
+
+        While a batch was sampled from mu its pass rate is mu's and not the student's, so no focal weight is applied.
+        """
+        batcher, objective = self._batcher, self.recipe.learner.objective
+        if isinstance(objective, PolicyGradientObjective) and self.budget(step) > 0:
+            batcher = Batcher(objective=objective.model_copy(update={"focal_gamma": 0.0}))
+        return batcher.pack(step, experience.shards, experience.summaries)
+
+    def record(self, step: int, experience: Experience, grades: Mapping[str, float], report: StepReport) -> None:
+        """Write down a step: rollouts, metrics, progress."""
+        shards = ray.get(list(experience.shards))
+        self.folder.write_rollouts(step, shards)
+        now = time.monotonic()
+        step_s, self._last_record = now - self._last_record, now
+        metrics = {
+            **grades,
+            **rollout_metrics(shards, step, self.budget(step)),
+            **{f"loss/{name}": value for name, value in report.metrics.items()},
+            "loss/mean": report.loss,
+            "learner/grad_norm": report.grad_norm,
+            "learner/learning_rate": report.learning_rate,
+            "learner/policy_version": float(report.policy_version),
+            "failures/shards_sampled_again": float(experience.num_retries),
+            "time/step_s": step_s,
+            "time/sampling_s": experience.sampling_s,
+            "time/tokens_per_s": report.num_tokens / step_s,
+        }
+        if experience.changeover_s is not None and not self._changeover_told:
+            self._changeover_told = True
+            metrics["time/changeover_s"] = experience.changeover_s
+            self.progress.say(
+                "the budget is 0: plain student rollouts from here on, "
+                f"changed over in {experience.changeover_s:.1f} s"
+            )
+        self.sinks.write_step(step, metrics)
+        self.progress.step(step, metrics)
+
+    def finish(self, weights: PolicyWeights) -> None:
+        """Save, and evaluate unless the run was told to stop."""
+        saved = self.checkpoints.save(self._steps_taken)
+        if not self._stop.requested:
+            self.evaluator.after(self._steps_taken, weights)
+        self.progress.say(f"model: {saved / 'model'}")
+
+    def close(self) -> None:
+        """End all actors; what was written stays."""
+        self._closing.close()
+
+
+@contextmanager
+def started(
+    recipe: Recipe, folder: RunFolder, progress: Progress, stop: Interruption, *, resume: bool = False
+) -> Iterator[Run]:
+    """Connect to the cluster, start a run and take both down again; what fails is written to the folder's error.log."""
+    try:
+        for line in check_models(recipe):
+            progress.say(line)
+        make_models(recipe.students.model, *([recipe.teachers.model] if recipe.teachers else []))
+        with connected(recipe.cluster, f"tutelage-{folder.path.name}", log_to_driver=False) as dashboard:
+            if dashboard:
+                progress.say(f"dashboard: http://{dashboard}")
+            run = Run(recipe, folder, progress, stop, resume=resume)
+            try:
+                yield run
+            finally:
+                run.close()
+    except Exception:
+        (folder.path / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+
+
+def build_schedule(recipe: Recipe) -> Schedule:
+    """Return the KL budget of each step."""
+    section = recipe.blending
+    if section is None:
+        return Constant(epsilon=0.0)
+    if section.schedule == "constant":
+        return Constant(epsilon=section.epsilon)
+    return LinearAnneal(start=section.epsilon, num_steps=section.warmup_steps)

@@ -1,0 +1,5 @@
+"""Judges completions: graders, the killable grading pool, pass@k."""
+
+from rewards.pass_at_k import pass_at_k
+
+__all__ = ["pass_at_k"]

@@ -1,0 +1,63 @@
+"""The grader as an actor: Arrow rollouts in, the same rollouts with their grades out."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rewards.config import GradersSection
+from rewards.grade import Grade
+from rewards.graders import Graders
+
+
+def with_grades(batch: pa.RecordBatch, grades: Sequence[Grade]) -> pa.RecordBatch:
+    """Return the batch with its columns reward, status, grade_detail and grade_s filled; the others are shared."""
+    assert batch.num_rows == len(grades), f"{batch.num_rows} rollouts, {len(grades)} grades"
+    filled = {
+        "reward": pa.array([grade.reward for grade in grades], pa.float32()),
+        "status": pa.array([grade.status.value for grade in grades], pa.string()),
+        "grade_detail": pa.array([grade.detail for grade in grades], pa.string()),
+        "grade_s": pa.array([grade.seconds for grade in grades], pa.float32()),
+    }
+    columns = [filled.get(name, batch.column(name)) for name in batch.schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
+def summary(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return what a scheduler needs of graded rollouts: prompt_id, sample_index, reward, status and num_tokens (T)."""
+    columns = {name: batch.column(name) for name in ("prompt_id", "sample_index", "reward", "status")}
+    columns["num_tokens"] = pc.list_value_length(batch.column("token_ids"))
+    return pa.RecordBatch.from_pydict(columns)
+
+
+class GraderActor:
+    """Grades batches of rollouts; `ray.remote` is applied where the actors are placed."""
+
+    def __init__(self, name: str, section: GradersSection) -> None:
+        self._name = name
+        self._graders = Graders(section)
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def ready(self) -> str:
+        """Return the actor's name."""
+        return self._name
+
+    def grade(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        """Return the batch with its grades, and its `summary`; apart, so that the caller may fetch only the latter.
+
+        Args:
+            batch: has the columns text, task and reference to read, the four of `with_grades` to fill, and those of
+                `summary`.
+
+        Raises:
+            ValueError: if no grader judges a rollout's task.
+        """
+        columns = (batch.column(name).to_pylist() for name in ("text", "task", "reference"))
+        graded = with_grades(batch, self._graders.grade(list(zip(*columns, strict=True))))
+        return graded, summary(graded)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._graders.close()

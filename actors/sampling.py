@@ -128,7 +128,7 @@ class TrustRegionSampler:
 
     def __init__(self, plain: PlainSampler, section: BlendingSection, student: EngineSpec) -> None:
         self._plain, self._section, self._student = plain, section, student
-        self._blenders: Pool | None = None
+        self.blenders: Pool | None = None
 
     def start(self) -> None:
         """Start the blenders beside the plain sampler's actors."""
@@ -137,7 +137,7 @@ class TrustRegionSampler:
         spec = self._student
         arguments = {"model": spec.model, "seed": spec.seed, "stop_token_id": spec.stop_token_id,
                      "threads": spec.section.threads}  # fmt: skip
-        self._blenders = Pool(
+        self.blenders = Pool(
             "blending",
             lambda name: (BlendingService, (name,), arguments),
             environment={"OMP_NUM_THREADS": str(spec.section.threads)},
@@ -145,16 +145,16 @@ class TrustRegionSampler:
             max_concurrency=-(-len(self._plain.students) // self._section.num_actors),
             **_resources(self._section),
         )
-        self._blenders.wait()
+        self.blenders.wait()
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
         """A blender drives each shard through one student and one teacher."""
         students, teachers = self._plain.students, self._plain.teachers
-        assert self._blenders is not None
+        assert self.blenders is not None
         assert students is not None
         assert teachers is not None
         return [
-            self._blenders[i].rollout.remote(
+            self.blenders[i].rollout.remote(
                 shard, students[i], teachers[i], job.weights, job.epsilon, job.max_new_tokens,
                 self._section.draft_length,
             )
@@ -167,9 +167,9 @@ class TrustRegionSampler:
 
     def close(self) -> None:
         """End the blenders; the plain sampler's actors stay."""
-        if self._blenders is not None:
-            self._blenders.close()
-        self._blenders = None
+        if self.blenders is not None:
+            self.blenders.close()
+        self.blenders = None
 
 
 class OneEngineSampler:

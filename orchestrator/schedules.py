@@ -31,7 +31,7 @@ class LinearAnneal:
 
     def __call__(self, step: int) -> float:
         """Return epsilon at `step`."""
-        return self.start * (self.num_steps - step) / self.num_steps if step < self.num_steps else 0.0
+        return self.start * ((self.num_steps - step) / self.num_steps) if step < self.num_steps else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

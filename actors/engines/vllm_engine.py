@@ -7,6 +7,7 @@ an engine is built, so that a run without it needs none of it.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,11 @@ import numpy.typing as npt
 
 from actors.engines.errors import EngineError
 from actors.engines.protocol import Floats, Generation, Ints, Scores, SequenceRequest
+from actors.engines.vllm_jobs import Laws, Record, SampleJob, ScoreJob
 from actors.engines.vllm_process import VllmProcess, environment
 
 if TYPE_CHECKING:
     import torch
-
-    from actors.engines.vllm_worker import Record
 
 __all__ = ["BlendedGeneration", "VllmBlendEngine", "VllmEngine", "environment"]
 
@@ -101,15 +101,14 @@ class VllmEngine:
         """
         self._vllm = VllmProcess(
             model=model,
-            laws={"seed": seed, "temperature": temperature, "support_size": support_size,
-                  "stop_token_id": stop_token_id},
+            laws=Laws(seed=seed, temperature=temperature, support_size=support_size, stop_token_id=stop_token_id),
             memory_gib=memory_gib,
             max_model_len=max_model_len,
             max_num_batched_tokens=max(max_model_len, _MIN_BATCHED_TOKENS),
             max_num_seqs=max_num_seqs,
             dtype=dtype,
             enforce_eager=enforce_eager,
-        )  # fmt: skip
+        )
         self._stop = stop_token_id
         self._policy_version = 0
 
@@ -120,8 +119,6 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
         """Sample every request to its end."""
-        from actors.engines.vllm_worker import SampleJob
-
         record = self._vllm.run(
             SampleJob(requests=requests),
             [request.prompt_ids for request in requests],
@@ -144,8 +141,6 @@ class VllmEngine:
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
     ) -> list[Scores]:
         """Score finished completions, each of at least one token, at requested ids (one K for all)."""
-        from actors.engines.vllm_worker import ScoreJob
-
         record = self._vllm.run(
             ScoreJob(prompt_lengths=list(map(len, prompts)), completions=completions, support_ids=support_ids),
             [(*prompt, *ids[:-1].tolist()) for prompt, ids in zip(prompts, completions, strict=True)],
@@ -213,8 +208,7 @@ class VllmBlendEngine:
         scheduled = max(room, max_num_seqs * (draft_length + 1), _MIN_BATCHED_TOKENS)
         self._vllm = VllmProcess(
             model=teacher,
-            laws={"seed": seed, "temperature": temperature, "support_size": support_size,
-                  "stop_token_id": stop_token_id},
+            laws=Laws(seed=seed, temperature=temperature, support_size=support_size, stop_token_id=stop_token_id),
             memory_gib=memory_gib,
             max_model_len=room,
             max_num_scheduled_tokens=scheduled,
@@ -228,7 +222,7 @@ class VllmBlendEngine:
                 "num_speculative_tokens": draft_length,
                 "draft_sample_method": "probabilistic",
             },
-        )  # fmt: skip
+        )
         self._vllm.check_draft_length(room)
         self._vllm.forbid_preemption()
         self._stop = stop_token_id
@@ -250,8 +244,6 @@ class VllmBlendEngine:
             ValueError: for an epsilon that is negative or not finite, or a prompt of fewer than two tokens.
             EngineError: if vLLM scheduled a row without a draft, since nothing exact can be drawn there.
         """
-        from actors.engines.vllm_worker import SampleJob
-
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"epsilon must be finite and >= 0 nats, got {epsilon}")
         for request in requests:
@@ -309,17 +301,16 @@ class VllmBlendEngine:
         )
 
 
-def _split(record: "Record", num_requests: int) -> list[dict[str, npt.NDArray[Any]]]:
+def _split(record: Record, num_requests: int) -> list[dict[str, npt.NDArray[Any]]]:
     """Return the record's rows of each request."""
+    if not num_requests:
+        return []
     bounds = np.searchsorted(record.columns["number"], np.arange(num_requests + 1))
-    return [
-        {name: values[first:last] for name, values in record.columns.items()}
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [{name: values[first:last] for name, values in record.columns.items()} for first, last in pairwise(bounds)]
 
 
 def _completions(
-    record: "Record", requests: Sequence[SequenceRequest], stop_token_id: int
+    record: Record, requests: Sequence[SequenceRequest], stop_token_id: int
 ) -> list[dict[str, npt.NDArray[Any]]]:
     """Return each request's rows up to its stop token or its limit; drafts kept beyond either are dropped.
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.engines.errors import EngineError
+from actors.engines.vllm_jobs import REQUEST_NUMBER, Laws, Record, SampleJob, ScoreJob
 
 if TYPE_CHECKING:
     import torch
-
-    from actors.engines.vllm_worker import Record, SampleJob, ScoreJob
 
 _VLLM_VERSION = "0.32"
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -37,11 +36,11 @@ def environment(threads: int, memory_gib: float) -> dict[str, str]:
 class VllmProcess:
     """vLLM's `LLM` in this process, with our samplers in its worker."""
 
-    def __init__(self, *, model: str, laws: Mapping[str, Any], memory_gib: float, **options: Any) -> None:
+    def __init__(self, *, model: str, laws: Laws, memory_gib: float, **options: Any) -> None:
         _check_vllm()
         from vllm import LLM
 
-        from actors.engines.vllm_worker import Laws, RecordingWorker
+        from actors.engines.vllm_worker import RecordingWorker
 
         try:
             self._llm = LLM(
@@ -56,16 +55,14 @@ class VllmProcess:
                 **options,
             )
         except (ValueError, RuntimeError, OSError) as error:
-            raise EngineError(f"vLLM cannot serve {model}: {error}") from error
-        self._call("tutelage_install", Laws(**laws))
+            raise EngineError(f"vLLM cannot serve {model}: {' '.join(str(error).split())}") from error
+        self._call("tutelage_install", laws)
 
     def run(
-        self, job: "SampleJob | ScoreJob", prompts: Sequence[tuple[int, ...]], params: Sequence[Mapping[str, Any]]
-    ) -> "Record":
+        self, job: SampleJob | ScoreJob, prompts: Sequence[tuple[int, ...]], params: Sequence[Mapping[str, Any]]
+    ) -> Record:
         """Run one vLLM request per prompt to its end and return what the worker recorded."""
         from vllm import SamplingParams
-
-        from actors.engines.vllm_worker import REQUEST_NUMBER
 
         self._call("tutelage_set_job", job)
         self._llm.generate(

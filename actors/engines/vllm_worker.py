@@ -1,13 +1,12 @@
 """Inside the vLLM worker: samplers of our own that draw by counter-based random numbers and record what they saw.
 
-vLLM 0.32 (model runner V1) keeps its samplers as plain attributes; `RecordingWorker`, named by `worker_extension_cls`,
-replaces them once after start. Nothing of vLLM's files is patched, but these attributes are its internals: the engine
-checks vLLM's version, and the laws are tested.
+vLLM 0.32 (model runner V1) keeps its samplers as attributes; `RecordingWorker`, named by `worker_extension_cls`,
+replaces them once after start. They are internals of vLLM: its version is checked, and the laws are tested.
 
 N counts rows of one step, k drafted tokens, K the support, V the vocabulary. Log-probs are float32 nats.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,56 +18,13 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.v1.outputs import SamplerOutput
 
-from actors.engines.protocol import Ints, SequenceRequest
+from actors.engines.vllm_jobs import REQUEST_NUMBER, Laws, Record, SampleJob, ScoreJob
 from actors.random_numbers import Purpose, sample_from_logprobs, uniforms
 from actors.trust_region import verify_draft
 
 Array = npt.NDArray[Any]
 
 _SCORE_ELEMENTS = 1 << 26
-REQUEST_NUMBER = "number"
-"""Key of a request's `extra_args` under which the engine puts the request's place in its job."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Laws:
-    """What the worker draws from and records; fixed for the engine's life."""
-
-    seed: int
-    temperature: float
-    support_size: int | None
-    """K; None for the whole vocabulary."""
-    stop_token_id: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleJob:
-    """Completions to sample; vLLM's requests point into `requests`."""
-
-    requests: Sequence[SequenceRequest]
-    epsilon: float = 0.0
-    """Budget in nats; read where a teacher is blended in."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreJob:
-    """Finished completions to score; the three sequences run in parallel."""
-
-    prompt_lengths: Sequence[int]
-    completions: Sequence[Ints]
-    """[T] each."""
-    support_ids: Sequence[Ints]
-    """[T, K] each, one K for all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """All that was recorded since the job was set."""
-
-    columns: Mapping[str, Array]
-    """One row per token, sorted by `number` (the request's place in the job), then by `position` (from 0)."""
-    num_undrafted: int
-    """Rows that vLLM scheduled without a draft, from which nothing could be drawn exactly."""
 
 
 class Tape:
@@ -234,48 +190,60 @@ class BlendingSampler:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self.num_undrafted = 0
+        self._laws: list[Tensor] = []
+        """Of the drafts that the coming step verifies, one [N, V] for each position."""
+        self._rows: dict[str, int] = {}
+        """Which of their N rows is whose, by vLLM's name of the request."""
         self._next_numbers: Array = np.zeros(0, np.int64)
         self._next_positions: Array = np.zeros(0, np.int64)
 
-    def draft(self, hidden_states: Tensor, sampling_metadata: object) -> tuple[Tensor, Tensor]:
-        """Draw one more draft for each row; return ids [N] and the student's laws [N, V].
-
-        vLLM hands the laws back to `__call__` unchanged, under the name of draft probabilities.
-        """
+    def draft(self, hidden_states: Tensor, sampling_metadata: object) -> tuple[Tensor, None]:
+        """Draw one more draft for each row, [N]; its law is kept here, so vLLM gets none."""
         desk = self._desk
         logprobs = desk.logprobs(desk.runner.drafter.model.compute_logits(hidden_states))
         drawn = torch.zeros(len(logprobs), dtype=torch.float64)
         known = len(self._next_numbers)  # a padded batch has rows beyond these; nothing of them is kept
-        drawn[:known] = desk.uniforms(self._next_numbers, self._next_positions, Purpose.TOKEN)
-        self._next_positions = self._next_positions + 1
-        return sample_from_logprobs(logprobs, drawn), logprobs
+        drawn[:known] = desk.uniforms(self._next_numbers, self._next_positions + len(self._laws), Purpose.TOKEN)
+        self._laws.append(logprobs)
+        return sample_from_logprobs(logprobs, drawn), None
 
-    def __call__(
-        self, metadata: Any, student_logprobs: Tensor | None, logits: Tensor, sampling_metadata: object
-    ) -> SamplerOutput:
+    def __call__(self, metadata: Any, draft_probs: None, logits: Tensor, sampling_metadata: object) -> SamplerOutput:
         """Return the emitted tokens [N, k + 1], -1 where there is none.
 
         Args:
-            metadata: vLLM's `SpecDecodeMetadata`; its drafts are flat, [D].
-            student_logprobs: [D, V] from `draft`.
+            metadata: vLLM's `SpecDecodeMetadata`: how many drafts each row has, and where they are.
+            draft_probs: unused.
             logits: the teacher's, at rows that the metadata names.
             sampling_metadata: unused.
         """
-        desk = self._desk
+        desk, names = self._desk, self._desk.runner.input_batch.req_ids
         numbers, positions = desk.numbers(), desk.num_sampled() - 1  # the forced token is not the completion's
-        num_drafted = np.array(metadata.num_draft_tokens)
-        if student_logprobs is None:
-            num_drafted = np.zeros_like(num_drafted)
-        emitted = np.full((len(num_drafted), metadata.max_spec_len + 1), -1, np.int32)
-        for row in np.flatnonzero(~desk.is_partial() & (num_drafted == 0)):
+        drafted_as = np.array([self._rows.get(name, -1) if self._laws else -1 for name in names])
+        # Where one token of a prompt is left to compute, vLLM pads the row with drafts that nobody drew.
+        drafted = (np.array(metadata.num_draft_tokens) > 0) & (drafted_as >= 0)
+        emitted = np.full((len(names), metadata.max_spec_len + 1), -1, np.int32)
+        for row in np.flatnonzero(~drafted & ~desk.is_partial()):
             emitted[row, 0] = self._without_draft(numbers[row], positions[row])
-        drafted = np.flatnonzero(num_drafted)
-        if student_logprobs is not None and len(drafted):
-            teacher_logprobs = desk.logprobs(logits[metadata.target_logits_indices])
-            drafts = _Drafts(num_drafted[drafted], metadata.draft_token_ids, student_logprobs, teacher_logprobs)
-            emitted[drafted, :-1] = self._verify(drafts, numbers[drafted], positions[drafted])
+        if drafted.any():
+            drafts = self._drafts(metadata, logits, np.flatnonzero(drafted), drafted_as[drafted])
+            emitted[drafted, : drafts.ids.shape[1]] = self._verify(drafts, numbers[drafted], positions[drafted])
+        self._laws, self._rows = [], {name: row for row, name in enumerate(names)}
         self._next_numbers, self._next_positions = numbers, positions + (emitted >= 0).sum(1)
         return _sampler_output(torch.from_numpy(emitted).to(logits.device))
+
+    def _drafts(self, metadata: Any, logits: Tensor, rows: Array, drafted_as: Array) -> "_Drafts":
+        """Gather the drafts of B rows of the batch; a row with fewer than the longest repeats its last."""
+        counts = np.array(metadata.num_draft_tokens)
+        first, num_drafted = (np.cumsum(counts) - counts)[rows], counts[rows]
+        column = np.minimum(np.arange(num_drafted.max()), num_drafted[:, None] - 1)
+        index = _on(logits, first[:, None] + column)
+        laws = torch.stack(self._laws, dim=1)
+        return _Drafts(
+            num_drafted=_on(logits, num_drafted),
+            ids=metadata.draft_token_ids[index].long(),
+            student_logprobs=laws[_on(logits, drafted_as)[:, None], _on(logits, column)],
+            teacher_logprobs=self._desk.logprobs(logits[metadata.target_logits_indices[index]]),
+        )
 
     def _without_draft(self, number: int, position: int) -> int:
         job = self._desk.job
@@ -327,17 +295,18 @@ class BlendingSampler:
         return np.where(where, tokens.cpu().numpy(), -1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Drafts:
-    """Flat drafts [D] of B rows as [B, k], k being the longest; a shorter row repeats its last draft."""
+    """k drafts of each of B rows."""
 
-    def __init__(self, num_drafted: Array, ids: Tensor, student_logprobs: Tensor, teacher_logprobs: Tensor) -> None:
-        first = np.cumsum(num_drafted) - num_drafted
-        column = np.minimum(np.arange(num_drafted.max()), num_drafted[:, None] - 1)
-        index = _on(ids, first[:, None] + column)
-        self.num_drafted = _on(ids, num_drafted)
-        self.ids = ids[index].long()
-        self.student_logprobs = student_logprobs[index]
-        self.teacher_logprobs = teacher_logprobs[index]
+    num_drafted: Tensor
+    """[B], at most k: how many are real."""
+    ids: Tensor
+    """[B, k]."""
+    student_logprobs: Tensor
+    """[B, k, V], the laws they were drawn from."""
+    teacher_logprobs: Tensor
+    """[B, k, V]."""
 
 
 class RecordingWorker:
@@ -370,7 +339,7 @@ class RecordingWorker:
     def tutelage_load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: the drafter's where there is one.
 
-        `load_weights` of the model would fail on CPU, where weights are packed after loading.
+        The model's own `load_weights` fails on CPU, where weights are packed after loading.
         """
         runner = self.model_runner
         student = runner.get_model() if runner.speculative_config is None else runner.drafter.model
@@ -378,6 +347,8 @@ class RecordingWorker:
             reload_weights(
                 self.vllm_config, student, weights_iterator=weights, weights_path=None, is_checkpoint_format=True
             )
+            # A head tied to the embedding is loaded with it, but not packed anew; where nothing is packed, no harm.
+            student.lm_head.quant_method.process_weights_after_loading(student.lm_head)
 
 
 def _sampler_output(token_ids: Tensor) -> SamplerOutput:

@@ -1,8 +1,7 @@
 """The DeepSpeed learner against plain torch, over Ray actors, on a Qwen3 of 4 thousand random weights."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from learner.config import LearnerSection, Objective, PolicyGradientObjective, R
 from learner.errors import LearnerError, NonFiniteLossError
 from learner.group import LearnerGroup
 from learner.learning_rate import learning_rate_factor
+from learner.rank import LearnerRank, StepReport
 from rewards.grade import Grade, Status
 from rewards.grader_actor import summary, with_grades
 
@@ -142,17 +142,81 @@ def make_section(
     return LearnerSection(**{**values, **more})
 
 
-@contextmanager
-def learner(section: LearnerSection, model_folder: str) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(
-        section, model_folder=model_folder, rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, namespace="tests"
-    )
-    with group:
-        yield group
+class RankHost:
+    """A process that is one rank of one learner after another; the imports of each process take many seconds."""
+
+    def address(self) -> tuple[str, int]:
+        return LearnerRank.address(self)  # type: ignore[arg-type]
+
+    def open(self, address: tuple[str, int], **arguments: Any) -> None:
+        self._rank = LearnerRank(
+            name="hosted", rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, temperature=1.0, **arguments
+        )
+        self._rank.connect(*address, one_machine=True)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._rank, method)(*arguments)
+
+
+class Ranks:
+    """The ranks of one learner in hosts."""
+
+    def __init__(self, hosts: Sequence[Any], section: LearnerSection, model_folder: str) -> None:
+        self._hosts = hosts
+        _, port = ray.get(hosts[0].address.remote())
+        arguments = {"section": section, "world_size": len(hosts), "model_folder": model_folder}
+        ray.get([host.open.remote(("127.0.0.1", port), rank=i, **arguments) for i, host in enumerate(hosts)])
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        return list(ray.get([host.call.remote(method, *arguments) for host in self._hosts], timeout=60))
+
+    def step(self, batch: TrainBatch) -> StepReport:
+        reports: list[StepReport] = self.all("step", batch)
+        assert all(report == reports[0] for report in reports), "all ranks report the same"
+        return reports[0]
+
+    def weights(self, policy_version: int) -> dict[str, Tensor]:
+        policy, *others = self.all("publish")
+        assert others == [None] * len(others)
+        assert policy.policy_version == policy_version
+        return weights_of(policy)
+
+
+OpenRanks = Callable[[LearnerSection], Ranks]
+
+
+@pytest.fixture(scope="module")
+def open_ranks(ray_cluster: str, model_folder: str) -> Iterator[OpenRanks]:
+    """Yield what makes a new learner in processes that were ranks of an earlier one of the same world size."""
+    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    host_class = ray.remote(RankHost).options(num_cpus=0.5, runtime_env={"env_vars": environment})
+    hosts = {1: [host_class.remote()], 2: [host_class.remote(), host_class.remote()]}
+    yield lambda section: Ranks(hosts[section.world_size], section, model_folder)
+    for host in [*hosts[1], *hosts[2]]:
+        ray.kill(host)
 
 
 def weights_of(policy: PolicyWeights) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in read_weights(policy)}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def spoil(rollouts: list[Rollout], number: int) -> list[Rollout]:
+    """Put a NaN into the teacher's log-probs of one rollout."""
+    scores = rollouts[number].teacher
+    assert scores is not None
+    assert scores.teacher_logprobs is not None
+    spoiled = scores.teacher_logprobs.copy()
+    spoiled[0, 0] = math.nan
+    changed = replace(rollouts[number], teacher=replace(scores, teacher_logprobs=spoiled))
+    return [*rollouts[:number], changed, *rollouts[number + 1 :]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,136 +275,127 @@ def plain_loss(model: Any, rollout: Rollout, advantage: float, objective: Object
     return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
 
-@pytest.mark.parametrize(
-    ("stage", "world_size", "micro_batch_size", "objective"),
-    [
-        (1, 1, 8, DISTIL),
-        (1, 1, 2, REINFORCE),
-        (1, 2, 2, DISTIL),
-        (2, 1, 4, DISTIL),
-        (2, 2, 1, REINFORCE),
-        (3, 1, 2, REINFORCE),
-        (3, 2, 2, DISTIL),
-    ],
-)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 8), (1, 2), (2, 4), (2, 1)])
+@pytest.mark.parametrize("objective", [DISTIL, REINFORCE], ids=["distil", "reinforce"])
 def test_every_stage_world_size_and_split_learns_what_plain_torch_learns(
-    ray_cluster: str, model_folder: str, stage: int, world_size: int, micro_batch_size: int, objective: Objective
+    open_ranks: OpenRanks,
+    model_folder: str,
+    stage: int,
+    world_size: int,
+    micro_batch_size: int,
+    objective: Objective,
 ) -> None:
     section = make_section(objective=objective, stage=stage, world_size=world_size, micro_batch_size=micro_batch_size)
     batches = [make_batch(step, objective) for step in range(NUM_STEPS)]
     expected = plain_steps(section, model_folder, batches)
-    with learner(section, model_folder) as group:
-        for number, (batch, plain) in enumerate(zip(batches, expected, strict=True)):
-            report = group.step(batch)
-            assert report.policy_version == number + 1
-            assert report.num_tokens == batch.num_tokens
-            assert report.loss == pytest.approx(plain.loss, abs=1e-5)
-            assert report.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
-            assert report.learning_rate == pytest.approx(plain.learning_rate)
-            if objective is DISTIL:
-                assert report.metrics["kl_to_teacher"] == pytest.approx(report.loss, rel=1e-4)
-            policy = group.publish()
-            assert policy.policy_version == number + 1
-            weights = weights_of(policy)
-            assert weights.keys() == plain.weights.keys()
-            apart = max((weights[name] - plain.weights[name]).abs().max().item() for name in weights)
-            assert apart < 5e-5, f"{apart} at step {number}"
-    moved = max((expected[-1].weights[n] - expected[0].weights[n]).abs().max().item() for n in expected[0].weights)
-    assert moved > 1e-3, "five steps move the weights by far more than the tolerance"
+    ranks = open_ranks(section)
+    for number, (batch, plain) in enumerate(zip(batches, expected, strict=True)):
+        report = ranks.step(batch)
+        assert report.policy_version == number + 1
+        assert report.num_tokens == batch.num_tokens
+        assert report.loss == pytest.approx(plain.loss, abs=1e-5)
+        assert report.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+        assert report.learning_rate == pytest.approx(plain.learning_rate)
+        if objective is DISTIL:
+            assert report.metrics["kl_to_teacher"] == pytest.approx(report.loss, rel=1e-4)
+    weights = ranks.weights(NUM_STEPS)
+    assert weights.keys() == expected[-1].weights.keys()
+    assert largest_difference(weights, expected[-1].weights) < 5e-5
+    assert largest_difference(weights, expected[0].weights) > 1e-3, "the steps move more than the tolerance"
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "world_size", "dtype"), [(1, 2, "float32"), (2, 1, "bfloat16"), (3, 2, "float32")])
 def test_a_refused_step_changes_nothing_and_a_checkpoint_continues_the_same(
-    ray_cluster: str, model_folder: str, tmp_path: Path, stage: int, world_size: int
+    open_ranks: OpenRanks, model_folder: str, tmp_path: Path, stage: int, world_size: int, dtype: str
 ) -> None:
-    section = make_section(stage=stage, world_size=world_size, micro_batch_size=2)
+    section = make_section(stage=stage, world_size=world_size, micro_batch_size=2, dtype=dtype)
     checkpoint = str(tmp_path / "checkpoint")
-    with learner(section, model_folder) as group:
-        first = [group.step(make_batch(step, DISTIL)) for step in range(2)]
-        group.save(checkpoint, {"position": 17})
-        before = weights_of(group.publish())
+    ranks = open_ranks(section)
+    for step in range(2):
+        ranks.step(make_batch(step, DISTIL))
+    ranks.all("save", checkpoint, {"position": 17})
+    before = ranks.weights(2)
 
-        rollouts = make_rollouts(2)
-        assert rollouts[5].teacher is not None
-        assert rollouts[5].teacher.teacher_logprobs is not None
-        spoiled = rollouts[5].teacher.teacher_logprobs.copy()
-        spoiled[0, 0] = math.nan
-        rollouts[5] = replace(rollouts[5], teacher=replace(rollouts[5].teacher, teacher_logprobs=spoiled))
-        with pytest.raises(NonFiniteLossError, match=r"the loss of prompt_id/sample_index 2-2/1 was not;.* version 2 "):
-            group.step(make_batch(2, DISTIL, rollouts))
-        refused = group.publish()
-        assert refused.policy_version == 2
-        assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(refused).items())
+    with pytest.raises(NonFiniteLossError, match=r"the loss of prompt_id/sample_index 2-2/1 was not;.* version 2 "):
+        ranks.step(make_batch(2, DISTIL, spoil(make_rollouts(2), 5)))
+    assert same(ranks.weights(2), before)
 
-        later = [group.step(make_batch(step, DISTIL)) for step in (2, 3)]
-        assert [report.policy_version for report in first + later] == [1, 2, 3, 4]
-        after = weights_of(group.publish())
+    later = [ranks.step(make_batch(step, DISTIL)) for step in (2, 3)]
+    after = ranks.weights(4)
+    assert {str(tensor.dtype) for tensor in after.values()} == {f"torch.{dtype}"}
+    ranks.all("save_hf", str(tmp_path / "hf"))
 
-        assert group.load(checkpoint) == {"position": 17}
-        assert [group.step(make_batch(step, DISTIL)) for step in (2, 3)] == later
-        assert all(torch.equal(after[name], tensor) for name, tensor in weights_of(group.publish()).items())
+    # The refused step is not in this history, so equality also says that it left no trace in the optimizer.
+    ranks = open_ranks(section)
+    assert ranks.all("load", checkpoint) == [{"position": 17}] * world_size
+    assert [ranks.step(make_batch(step, DISTIL)) for step in (2, 3)] == later
+    assert same(ranks.weights(4), after)
 
-        group.save_hf(str(tmp_path / "hf"))
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert all(torch.equal(after[name], p) for name, p in reloaded.named_parameters())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert same({name: p.detach() for name, p in reloaded.named_parameters()}, after)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
-def test_a_new_group_continues_from_a_checkpoint_and_refuses_one_of_another_world_size(
-    ray_cluster: str, model_folder: str, tmp_path: Path
+def test_a_checkpoint_is_refused_by_another_world_size(open_ranks: OpenRanks, tmp_path: Path) -> None:
+    ranks = open_ranks(make_section(world_size=1))
+    ranks.all("save", str(tmp_path / "checkpoint"), {})
+    with pytest.raises(FileNotFoundError, match=r"must hold learner.json, got none in"):
+        ranks.all("load", str(tmp_path))
+    with pytest.raises(ValueError, match=r"world_size must be as it was when the checkpoint was written, 1, got 2"):
+        open_ranks(make_section(world_size=2)).all("load", str(tmp_path / "checkpoint"))
+
+
+def test_recomputed_activations_change_nothing(open_ranks: OpenRanks) -> None:
+    kept, recomputed = (
+        open_ranks(make_section(stage=3, activation_checkpointing=value)).step(make_batch(0, DISTIL))
+        for value in (False, True)
+    )
+    assert recomputed == kept
+
+
+def test_a_group_learns_survives_a_refused_step_and_dies_with_its_first_rank(
+    ray_cluster: str, model_folder: str
 ) -> None:
-    checkpoint = str(tmp_path / "checkpoint")
-    section = make_section(stage=2, dtype="bfloat16", activation_checkpointing=True)
-    with learner(section, model_folder) as group:
-        group.step(make_batch(0, DISTIL))
-        group.save(checkpoint, {})
-        expected = group.step(make_batch(1, DISTIL))
-        weights = weights_of(group.publish())
-        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    with learner(section, model_folder) as group:
-        group.load(checkpoint)
-        assert group.step(make_batch(1, DISTIL)) == expected
-        assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(group.publish()).items())
-        with pytest.raises(LearnerError) as missing:
-            group.load(str(tmp_path))
-        assert str(missing.value).startswith("learner-0 failed to load: FileNotFoundError: a checkpoint of the learner")
-        with pytest.raises(LearnerError, match="ranks are gone; cannot publish"):
-            group.publish()
-    with learner(make_section(stage=2, world_size=2, dtype="bfloat16"), model_folder) as group:
-        message = r"ValueError: learner.world_size must be as it was when the checkpoint was written, 1, got 2"
-        with pytest.raises(LearnerError, match=message):
-            group.load(checkpoint)
-
-
-def test_a_rank_that_dies_takes_the_group_with_it_and_is_named(ray_cluster: str, model_folder: str) -> None:
-    with learner(make_section(world_size=2, micro_batch_size=2), model_folder) as group:
-        group.step(make_batch(0, DISTIL))
+    section = make_section(world_size=2, micro_batch_size=2)
+    with LearnerGroup(
+        section, model_folder=model_folder, rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, namespace="tests"
+    ) as group:
+        first = group.publish()
+        assert group.step(make_batch(0, DISTIL)).policy_version == 1
+        second = group.publish()
+        assert not same(weights_of(first), weights_of(second))
+        with pytest.raises(NonFiniteLossError, match="2-2/1"):
+            group.step(make_batch(2, DISTIL, spoil(make_rollouts(2), 5)))
+        assert same(weights_of(group.publish()), weights_of(second))
+        assert group.step(make_batch(1, DISTIL)).policy_version == 2
         ray.kill(ray.get_actor("learner-1", namespace="tests"))
         with pytest.raises(LearnerError) as failure:
-            group.step(make_batch(1, DISTIL))
-    assert str(failure.value).splitlines()[0].startswith("learner-1 failed to step: ActorDiedError")
-    for name in ("learner-0", "learner-1"):
-        with pytest.raises(ValueError, match=name):
-            ray.get_actor(name, namespace="tests")
-
-
-def test_a_step_that_takes_too_long_stops_the_ranks(ray_cluster: str, model_folder: str) -> None:
-    with learner(make_section(step_timeout_s=0.001), model_folder) as group:
-        with pytest.raises(LearnerError, match=r"step must end within 0.001 s, but learner-0 had not"):
-            group.step(make_batch(0, DISTIL))
-        with pytest.raises(LearnerError, match="ranks are gone"):
+            group.step(make_batch(2, DISTIL))
+        assert str(failure.value).splitlines()[0].startswith("learner-1 failed to step: ActorDiedError")
+        with pytest.raises(ValueError, match="learner-0"):
+            ray.get_actor("learner-0", namespace="tests")
+        with pytest.raises(LearnerError, match="ranks are gone; cannot publish"):
             group.publish()
+
+
+def test_a_model_folder_that_is_missing_is_told_in_the_first_line(ray_cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(LearnerError) as failure:
+        LearnerGroup(
+            make_section(), model_folder=str(tmp_path / "nothing"), rollouts_per_step=8, num_steps=1, namespace="tests"
+        )
+    first_line = str(failure.value).splitlines()[0]
+    assert first_line.startswith("learner-0 failed to start: ")
+    assert "nothing" in first_line
+
+
+def test_ranks_that_take_too_long_are_stopped(ray_cluster: str, model_folder: str) -> None:
+    section = make_section(start_timeout_s=0.01)
+    with pytest.raises(LearnerError, match=r"start must end within 0.01 s, but learner-0 had not"):
+        LearnerGroup(section, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_any_rank_starts(model_folder: str) -> None:
     section = make_section(world_size=2, micro_batch_size=3)
     with pytest.raises(ValueError, match=r"world_size 2 x learner.micro_batch_size 3, got 8"):
         LearnerGroup(section, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
-
-
-def test_a_model_folder_that_is_missing_is_told_in_the_first_line(ray_cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(LearnerError) as failure, learner(make_section(), str(tmp_path / "nothing")):
-        pass
-    first_line = str(failure.value).splitlines()[0]
-    assert first_line.startswith("learner-0 failed to start: ")
-    assert "nothing" in first_line

@@ -117,9 +117,7 @@ def test_permuting_a_group_permutes_its_advantages(
 
 
 @given(rewards=binary_rewards(), gamma=gammas)
-def test_a_focal_weight_lies_in_the_unit_interval_and_falls_as_more_are_correct(
-    rewards: Rewards, gamma: float
-) -> None:
+def test_a_focal_weight_lies_in_the_unit_interval_and_falls_as_more_are_correct(rewards: Rewards, gamma: float) -> None:
     weights = focal_weights(rewards, focal_gamma=gamma)
     assert weights.shape == rewards.shape[:1]
     assert ((weights >= 0) & (weights <= 1)).all()

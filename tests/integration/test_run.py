@@ -1,0 +1,180 @@
+"""Whole runs of the real command on a real Ray cluster: they learn, repeat to the bit, resume, survive, and are recorded.
+
+Each run joins the session's cluster by RAY_ADDRESS and makes its own actors. The tiny models are made once and cached.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.experience import rollouts_from_arrow
+from rewards import addition
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "deploy" / "recipes" / "quickstart.yaml")
+COUNTDOWN = str(ROOT / "deploy" / "recipes" / "countdown-fgrpo.yaml")
+SMALL = (
+    "rollouts.prompts_per_step=16", "learner.micro_batch_size=16", "blending.warmup_steps=4", "training.num_steps=8",
+    "evaluation.num_prompts=16", "evaluation.num_samples=4", "evaluation.pass_at=[1,4]", "checkpoints.every_steps=4",
+)  # fmt: skip
+
+
+def command(*arguments: str, address: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        cwd=ROOT, env={**os.environ, "RAY_ADDRESS": address}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, output + errors
+    assert "Traceback" not in output + errors
+    return output
+
+
+def run(recipe: str, folder: Path, *overrides: str, address: str) -> tuple[Path, str]:
+    """Run to the end; return the run folder and what was printed."""
+    output = finished(command("train", recipe, f"training.folder={folder}", *overrides, address=address))
+    (made,) = folder.iterdir()
+    return made, output
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def timeless(file: Path) -> list[dict[str, Any]]:
+    """The metrics but for what a clock decides."""
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(file)]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def straight(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return run(QUICKSTART, tmp_path_factory.mktemp("straight"), *SMALL, address=ray_cluster)
+
+
+def test_a_run_folder_is_complete_by_itself(straight: tuple[Path, str]) -> None:
+    folder, output = straight
+    assert str(folder) in output
+    assert "before" in output
+    assert "after" in output
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["learner"]["weight_decay"] == 0.0
+    assert recipe["graders"]["deadline_s"] > 0, "defaults are filled in"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["ray"] == ray.__version__
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(8))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("reward/pass_rate")) == 8
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_000008" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoints" / "step_000008" / "model")
+    assert model.config.vocab_size == len(tokenizer)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000008"]
+
+
+def test_every_rollout_is_kept_as_it_was(straight: tuple[Path, str]) -> None:
+    folder, _ = straight
+    metrics = lines(folder / "metrics.jsonl")
+    seen = set()
+    for step, line in enumerate(metrics):
+        table = pq.read_table(folder / "rollouts" / f"step_{step:06d}.parquet")
+        rollouts = [r for batch in table.to_batches() for r in rollouts_from_arrow(batch)]
+        assert len(rollouts) == 16
+        assert line["rollout/num_tokens"] == sum(r.completion.num_tokens for r in rollouts)
+        for rollout in rollouts:
+            seen.add(rollout.prompt.prompt_id)
+            assert rollout.grade is not None
+            assert rollout.blend is not None
+            assert rollout.teacher is not None
+            assert rollout.grade.status == addition.check(rollout.text, rollout.prompt.reference).status
+            assert set(rollout.completion.policy_versions.tolist()) == {step}
+            budget = max(0.0, 0.02 * (1 - step / 4))
+            np.testing.assert_allclose(rollout.blend.epsilon, budget, rtol=1e-6)
+            assert (rollout.blend.divergence <= budget * (1 + 1e-4) + 1e-7).all()
+            if step >= 4:
+                assert (rollout.completion.behaviour_logprobs == rollout.completion.student_logprobs).all()
+    assert len(seen) == 8 * 16
+    assert metrics[0]["blend/beta"] > 0
+    assert metrics[4]["blend/beta"] == 0
+
+
+def test_two_synchronous_runs_write_the_same_metrics(
+    straight: tuple[Path, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    again, _ = run(QUICKSTART, tmp_path, *SMALL, address=ray_cluster)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert timeless(again / name) == timeless(straight[0] / name)
+
+
+def test_a_run_that_was_killed_resumes_as_if_it_had_not_been(
+    straight: tuple[Path, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    process = command("train", QUICKSTART, f"training.folder={tmp_path}", *SMALL, address=ray_cluster)
+    wait_until(lambda: any(len(lines(f)) >= 6 for f in tmp_path.glob("*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    (folder,) = tmp_path.iterdir()
+    finished(command("resume", str(folder), address=ray_cluster))
+    assert timeless(folder / "metrics.jsonl") == timeless(straight[0] / "metrics.jsonl")
+    assert timeless(folder / "evaluations.jsonl")[-1] == timeless(straight[0] / "evaluations.jsonl")[-1]
+
+
+def test_an_asynchronous_run_with_two_students_learns_within_its_staleness_and_survives_a_kill(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    process = command(
+        "train", QUICKSTART, f"training.folder={tmp_path}", *SMALL, "training.num_steps=40", "rollouts.max_staleness=2",
+        "students.num_actors=2", "learner.learning_rate=1e-3", "checkpoints.every_steps=0", address=ray_cluster,
+    )  # fmt: skip
+    wait_until(lambda: any(len(lines(f)) >= 10 for f in tmp_path.glob("*/metrics.jsonl")), process)
+    (folder,) = tmp_path.iterdir()
+    victim = ray.get_actor("student-1", namespace=f"tutelage-{folder.name}")
+    os.kill(ray.get(victim.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    finished(process)
+    metrics = lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(40))
+    assert max(line["rollout/staleness"] for line in metrics) == 2
+    assert sum(line["failures/shards_sampled_again"] for line in metrics) >= 1
+    kl = [line["loss/kl_to_teacher"] for line in metrics]
+    assert np.mean(kl[-8:]) < 0.75 * np.mean(kl[4:12]), "the student has come nearer to its teacher"
+
+
+def test_focal_weights_reach_the_learner(ray_cluster: str, tmp_path: Path) -> None:
+    folder, _ = run(
+        COUNTDOWN, tmp_path, "training.num_steps=3", "evaluation.num_prompts=0", "learner.world_size=2",
+        "learner.micro_batch_size=32", "learner.zero_stage=2", address=ray_cluster,
+    )  # fmt: skip
+    for step, line in enumerate(lines(folder / "metrics.jsonl")):
+        table = pq.read_table(folder / "rollouts" / f"step_{step:06d}.parquet")
+        rates = np.array(table["reward"].to_pylist()).reshape(16, 8).mean(1)
+        assert line["reward/focal_weight"] == pytest.approx(np.sqrt(1 - rates).mean(), abs=1e-6)
+        assert line["reward/zero_variance_groups"] == pytest.approx(((rates == 0) | (rates == 1)).mean())
+        assert line["learner/grad_norm"] > 0
+        assert "blend/beta" not in line

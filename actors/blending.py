@@ -19,7 +19,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
-from transformers import AutoTokenizer
 
 from actors.engines.protocol import Draft, Floats, Ints, Scores
 from actors.experience import (
@@ -32,6 +31,7 @@ from actors.experience import (
     rollouts_to_arrow,
 )
 from actors.random_numbers import Purpose, uniforms
+from actors.tokenizer import load_tokenizer
 from actors.trust_region import verify_draft
 from actors.weights import PolicyWeights
 from actors.wire import from_arrow
@@ -153,7 +153,7 @@ class BlendingService:
     def __init__(self, name: str, *, model: str, seed: int, stop_token_id: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._name, self._seed, self._stop = name, seed, stop_token_id
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = load_tokenizer(model)
 
     def __repr__(self) -> str:
         return self._name
@@ -173,8 +173,9 @@ class BlendingService:
         draft_length: int,
     ) -> pa.RecordBatch:
         """Sample every request to its end from mu, and return complete rollouts with the teacher's scores."""
-        admitted = [student.open.remote(requests, weights, max_new_tokens), teacher.open.remote(requests, max_new_tokens)]
-        (student_handles, version), teacher_handles = ray.get(admitted)
+        (student_handles, version), teacher_handles = ray.get(
+            [student.open.remote(requests, weights, max_new_tokens), teacher.open.remote(requests, max_new_tokens)]
+        )
         rows = [
             _Row(prompt, index, ours, theirs, [])
             for (prompt, index), ours, theirs in zip(

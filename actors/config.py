@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from rewards.section import Section
 
@@ -52,10 +52,18 @@ class PoolSection(Section):
 
     num_actors: int = Field(default=1, ge=1)
     """How many."""
-    num_cpus: float = Field(default=0.5, gt=0)
+    num_cpus: float = Field(default=0.5, ge=0.001)
     """Ray CPUs that each actor reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that each actor reserves; a fraction lets actors share one."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def several_gpus_are_whole_ones(cls, value: float) -> float:
+        """Ray divides one GPU among actors, but not several."""
+        if value != round(value, 3 if value < 1 else 0):
+            raise ValueError(f"num_gpus must be a fraction of at most 3 digits or a whole number, got {value}")
+        return value
 
 
 class ModelPoolSection(PoolSection):

@@ -57,8 +57,12 @@ class Completion:
     """[T] optimizer steps applied to the student that drew each token."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.behaviour_logprobs), len(self.student_logprobs),
-                   len(self.policy_versions)}
+        lengths = {
+            len(self.token_ids),
+            len(self.behaviour_logprobs),
+            len(self.student_logprobs),
+            len(self.policy_versions),
+        }
         assert len(lengths) == 1, f"arrays of one completion have one length, got {sorted(lengths)}"
 
     @property

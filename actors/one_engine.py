@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoTokenizer
 
 from actors.engines.build import EngineSpec
 from actors.experience import (
@@ -18,6 +17,7 @@ from actors.experience import (
     rollouts_to_arrow,
 )
 from actors.student import sequence_requests
+from actors.tokenizer import load_tokenizer
 from actors.weights import PolicyWeights, read_weights
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class OneEngineActor:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self._spec.model)
+        return load_tokenizer(self._spec.model)
 
     def ready(self) -> str:
         """Load both models; return the actor's name."""

@@ -211,7 +211,7 @@ class OneEngineSampler:
 
 
 class AnnealedSampler:
-    """Blends while the budget is above 0; from the first training job without one, steps aside for the plain sampler."""
+    """Blends while there is a budget; from the first training job without one, steps aside for the plain sampler."""
 
     def __init__(self, blended: TrustRegionSampler | OneEngineSampler, plain: PlainSampler) -> None:
         self._blended: TrustRegionSampler | OneEngineSampler | None = blended

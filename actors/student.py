@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-from transformers import AutoTokenizer
 
 from actors.engines.build import EngineSpec, build_engine
 from actors.engines.protocol import Engine, Generation, Ints, SequenceEngine, SequenceRequest
@@ -17,6 +16,7 @@ from actors.experience import (
     requests_from_arrow,
     rollouts_to_arrow,
 )
+from actors.tokenizer import load_tokenizer
 from actors.weights import PolicyWeights, read_weights
 from actors.wire import to_arrow
 
@@ -50,7 +50,7 @@ class StudentActor:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self._spec.model)
+        return load_tokenizer(self._spec.model)
 
     def ready(self) -> str:
         """Load the model; return the actor's name."""

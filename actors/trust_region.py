@@ -134,9 +134,7 @@ def verify_draft(
         row = int(num_drafted.argmin())
         raise ValueError(f"num_drafted must be at least 1 in every row, got {int(num_drafted[row])} in row {row}")
     if uniforms is None:
-        uniforms = torch.rand(
-            batch, length, 2, dtype=torch.float64, generator=generator, device=draft_ids.device
-        )
+        uniforms = torch.rand(batch, length, 2, dtype=torch.float64, generator=generator, device=draft_ids.device)
     mu = blend(student_logprobs, teacher_logprobs, epsilon)
 
     ids = draft_ids.long()[..., None]
@@ -274,8 +272,7 @@ def _check_laws(student_logprobs: Tensor, teacher_logprobs: Tensor) -> None:
             worst = rows.reshape(-1, rows.shape[-1])[row].max().item()
             fault = "no mass (all -inf)" if worst == -torch.inf else f"{worst}"
             raise ValueError(
-                f"{name} must be log-probabilities with some mass, got {fault} in "
-                f"{_row_name(row, rows.shape[:-1])}"
+                f"{name} must be log-probabilities with some mass, got {fault} in {_row_name(row, rows.shape[:-1])}"
             )
 
 

@@ -56,7 +56,7 @@ class LearnerSection(Section):
     """What is learned."""
     world_size: int = Field(default=1, ge=1)
     """How many ranks, each a Ray actor of its own."""
-    num_cpus: float = Field(default=1.0, gt=0)
+    num_cpus: float = Field(default=1.0, ge=0.001)
     """Ray CPUs that each rank reserves."""
     num_gpus: float = Field(default=0.0, ge=0, le=1)
     """GPUs that each rank reserves; 0 learns on CPU."""
@@ -90,10 +90,12 @@ class LearnerSection(Section):
     @field_validator("zero_stage", mode="before")
     @classmethod
     def zero_stage_reports_a_gradient_norm(cls, value: Any) -> Any:
-        """Refuse stage 0 with its reason rather than as one of many wrong numbers."""
-        if value == 0 and not isinstance(value, bool):
+        """Refuse stage 0 with its reason, and what only equals a number, such as true."""
+        if isinstance(value, bool | float):
+            raise ValueError(f"zero_stage must be 1 or 2 or 3, got {str(value).lower()}")
+        if value == 0:
             raise ValueError(
-                "zero_stage must be 1, 2 or 3, got 0: without ZeRO, DeepSpeed reports no gradient norm and its "
+                "zero_stage must be 1 or 2 or 3, got 0: without ZeRO, DeepSpeed reports no gradient norm and its "
                 "bfloat16 results depart from the other stages'; 1 costs nothing at world_size 1"
             )
         return value

@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         num_steps: int,
         device: torch.device,
     ) -> None:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, section.dtype))
         model.to(device)
         model.train()

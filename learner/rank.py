@@ -88,7 +88,7 @@ class LearnerRank:
         """Return this machine's address and a port that is free on it now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            host: str = ray.util.get_node_ip_address()
             return host, int(probe.getsockname()[1])
 
     def connect(self, master_address: str, master_port: int, *, one_machine: bool) -> None:

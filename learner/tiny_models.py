@@ -19,7 +19,6 @@ from pathlib import Path
 from rewards import addition, countdown
 from rewards.problem import Problem, is_held_out
 
-
 _PROBLEMS: dict[str, Callable[[random.Random], Problem]] = {
     "addition": addition.make_problem,
     "countdown": countdown.make_problem,
@@ -182,7 +181,8 @@ def _batch(
     task: str, rng: random.Random, vocabulary: dict[str, int], pad: int, bos: int, eos: int, size: int = 64
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return right-padded input ids and labels of problems that are not held out."""
-    texts, prompts = [], []
+    texts: list[list[int]] = []
+    prompts: list[int] = []
     while len(texts) < size:
         problem = _PROBLEMS[task](rng)
         if not is_held_out(problem.prompt):

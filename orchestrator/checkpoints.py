@@ -14,7 +14,8 @@ class Checkpoints:
     """Writes, prunes and finds the checkpoints of a run.
 
     Draws are keyed by the prompt, and prompts by their index, so the learner's state and the number of steps taken say
-    everything: prompt position, budget and random numbers follow from them. `model/` is an ordinary Hugging Face folder.
+    everything: prompt position, budget and random numbers follow from them. `model/` is an ordinary Hugging Face
+    folder.
     """
 
     def __init__(self, folder: RunFolder, section: CheckpointsSection, learner: LearnerGroup) -> None:
@@ -62,11 +63,16 @@ def latest_checkpoint(folder: RunFolder) -> Path:
         UserError: if there is none.
     """
     complete = _complete(folder.checkpoints)
-    if not complete:
+    if not has_checkpoint(folder):
         raise UserError(
             f"{folder.path} must hold a checkpoint to resume from, got none; start it again with `tutelage train`"
         )
     return complete[-1]
+
+
+def has_checkpoint(folder: RunFolder) -> bool:
+    """Return whether the run can be resumed."""
+    return bool(_complete(folder.checkpoints))
 
 
 def _complete(checkpoints: Path) -> list[Path]:

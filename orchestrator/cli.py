@@ -1,18 +1,24 @@
 """The command `tutelage`."""
 
 import json
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.errors import UserError
+from orchestrator.errors import RunError, UserError
 from orchestrator.models import check_models
 from orchestrator.recipe import Recipe, load_recipe
 
+if TYPE_CHECKING:
+    from orchestrator.run_folder import RunFolder
+
 _USER_MISTAKE, _FAILURE, _INTERRUPTED = 2, 1, 130
 
+_COUNT = click.IntRange(min=1)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
 
 
@@ -75,69 +81,80 @@ def check(recipe: str, overrides: Sequence[str]) -> None:
 @click.argument("checkpoint")
 @click.option("--task", required=True, help="Which task's held-out prompts and grader: addition, countdown, or math.")
 @click.option("--data", type=click.Path(dir_okay=False), help="Prompts (.jsonl or .parquet); math needs them.")
-@click.option("--prompts", "num_prompts", default=256, show_default=True, help="How many held-out prompts.")
-@click.option("--samples", "num_samples", default=8, show_default=True, help="Completions of each prompt.")
+@click.option("--prompts", "num_prompts", type=_COUNT, default=256, show_default=True, help="Held-out prompts.")
+@click.option("--samples", "num_samples", type=_COUNT, default=8, show_default=True, help="Completions of each prompt.")
 @click.option("--pass-at", default="1,8", show_default=True, help="The k of pass@k, none above --samples.")
-@click.option("--max-new-tokens", default=128, show_default=True, help="Longest completion.")
+@click.option("--max-new-tokens", type=_COUNT, default=128, show_default=True, help="Longest completion.")
 @click.option("--seed", default=0, show_default=True, help="Of prompts and samples.")
 @click.option("--engine", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="For the torch engine.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def evaluate_checkpoint(
     checkpoint: str, task: str, data: str | None, num_prompts: int, num_samples: int, pass_at: str,
     max_new_tokens: int, seed: int, engine: str, device: str,
 ) -> None:  # fmt: skip
     """Print pass@1 and unbiased pass@k of CHECKPOINT, a Hugging Face folder (or tiny:NAME, hub:NAME)."""
+    from orchestrator.failures import sentence
     from orchestrator.offline_evaluation import EvaluationRequest, print_evaluation
 
-    print_evaluation(
-        EvaluationRequest(
-            checkpoint=checkpoint, task=task, data=data, num_prompts=num_prompts, num_samples=num_samples,
-            pass_at=pass_at, max_new_tokens=max_new_tokens, seed=seed, engine=engine, device=device,
-        )
+    request = EvaluationRequest(
+        checkpoint=checkpoint, task=task, data=data, num_prompts=num_prompts, num_samples=num_samples,
+        pass_at=pass_at, max_new_tokens=max_new_tokens, seed=seed, engine=engine, device=device,
     )  # fmt: skip
+    try:
+        print_evaluation(request)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(f"{checkpoint} could not be evaluated: {sentence(error)}") from error
 
 
 def main() -> None:
     """Run the command; a user's mistake ends it with its sentences and exit code 2, never with a traceback."""
     try:
         sys.exit(commands.main(standalone_mode=False) or 0)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _complain("stopped")
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(_USER_MISTAKE)
-    except UserError as error:
+    except (UserError, RunError) as error:
         _complain(error)
-        sys.exit(_USER_MISTAKE)
-    except KeyboardInterrupt:
-        click.echo("tutelage: stopped", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(_USER_MISTAKE if isinstance(error, UserError) else _FAILURE)
 
 
-def _train(recipe: Recipe, folder: "RunFolder", *, resume: bool) -> None:  # noqa: F821
-    """Run the loop; whatever ends it, say so in one sentence and say where the run folder is."""
+def _train(recipe: Recipe, folder: "RunFolder", *, resume: bool) -> None:
+    """Run the loop; whatever ends it, say so in one sentence, where the run folder is and how to go on."""
+    # As Ctrl-C does: until the loop listens itself, it ends the command and all that was started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from orchestrator.checkpoints import has_checkpoint
     from orchestrator.failures import root_cause, sentence
     from orchestrator.interruption import Interruption
     from orchestrator.loop import train as loop
     from orchestrator.progress import Progress
     from orchestrator.run import started
 
-    progress, stop = Progress(recipe.training.num_steps), Interruption()
+    progress, stop, code = Progress(recipe.training.num_steps), Interruption(), 0
     progress.say(f"run folder: {folder.path}")
     try:
-        with started(recipe, folder, progress, stop, resume=resume) as run:
-            with progress.live(), stop.listening(progress.say):
-                loop(run)
-    except KeyboardInterrupt:
+        with (
+            started(recipe, folder, progress, stop, resume=resume) as run,
+            progress.live(),
+            stop.listening(progress.say),
+        ):
+            loop(run)
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
         stop.requested = True
     except Exception as error:  # noqa: BLE001 - the boundary to the user: one sentence; error.log has the traceback
         _complain(sentence(error))
-        progress.say(f"run folder: {folder.path} (the traceback is in error.log)")
-        sys.exit(_USER_MISTAKE if isinstance(root_cause(error), UserError) else _FAILURE)
+        code = _USER_MISTAKE if isinstance(root_cause(error), UserError) else _FAILURE
+    if stop.requested and not code:
+        progress.say("stopped")
+        code = _INTERRUPTED
     progress.say(f"run folder: {folder.path}")
-    if stop.requested:
-        progress.say(f"stopped; continue with: tutelage resume {folder.path}")
-        sys.exit(_INTERRUPTED)
+    if code and has_checkpoint(folder):
+        progress.say(f"continue with: tutelage resume {shlex.quote(str(folder.path))}")
+    sys.exit(code)
 
 
 def _check_data(recipe: Recipe) -> None:

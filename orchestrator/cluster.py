@@ -2,15 +2,22 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from orchestrator.config import ClusterSection
 from orchestrator.errors import UserError
 from orchestrator.recipe import Recipe
+
+_ANSWER_S = 5.0
+"""How long the head of a cluster may take to answer."""
+_ROUNDING = 1e-6
+"""Shares of a CPU or GPU need not add up exactly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,31 +37,47 @@ def connected(section: ClusterSection, namespace: str, *, log_to_driver: bool) -
     Raises:
         UserError: if the address given leads to no cluster.
     """
-    address = section.address or os.environ.get("RAY_ADDRESS")
+    setting = "cluster.address" if section.address else "RAY_ADDRESS"
+    address = section.address or os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {}
+    if address == "local":
+        # Said to Ray as well: without an address it would join a cluster that `ray start` has left on this machine.
+        setting = "cluster.object_store_gib"
+        local = {
+            "num_cpus": section.num_cpus,
+            "object_store_memory": int(section.object_store_gib * 2**30),
+            "include_dashboard": section.dashboard,
+        }
+    elif address != "auto":
+        _check_reachable(setting, address)
     try:
-        if address:
-            context = ray.init(address=address, namespace=namespace, log_to_driver=log_to_driver,
-                               logging_level=logging.WARNING)  # fmt: skip
-        else:
-            context = ray.init(
-                namespace=namespace,
-                num_cpus=section.num_cpus,
-                object_store_memory=int(section.object_store_gib * 2**30),
-                include_dashboard=section.dashboard,
-                log_to_driver=log_to_driver,
-                logging_level=logging.WARNING,
-            )
+        context = ray.init(
+            address=address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "cluster.address" if section.address else "RAY_ADDRESS"
-        if not address:
-            raise
-        raise UserError(
-            f"{where} must lead to a running Ray cluster, got {address!r}: {str(error).splitlines()[0]}"
-        ) from None
+        required = "leave memory for the actors" if local else "lead to a running Ray cluster"
+        came = section.object_store_gib if local else repr(address)
+        raise UserError(f"{setting} must {required}, got {came}: {str(error).splitlines()[0]}") from None
     try:
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+def _check_reachable(setting: str, address: str) -> None:
+    """Find out in seconds whether anything answers at an address; Ray itself keeps trying for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and int(port) < 2**16) or "/" in host:
+        raise UserError(
+            f"{setting} must be auto, local, or HOST:PORT of a Ray head (ray start says it), got {address!r}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise UserError(
+            f"{setting} must lead to a running Ray cluster, got {address!r}: nothing answers there "
+            f"({error.strerror or error})"
+        ) from None
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -79,20 +102,31 @@ def check_room(recipe: Recipe) -> None:
     Raises:
         UserError: with what is needed, what the cluster has, and which numbers to lower.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         asked = {need.setting: need.num_actors * float(getattr(need, kind)) for need in needs(recipe)}
-        free = [float(node.get(name, 0.0)) for node in nodes]
-        if sum(asked.values()) > sum(free) + 1e-9:
+        total = sum(float(node.get(name, 0.0)) for node in nodes)
+        if sum(asked.values()) > total + _ROUNDING:
             parts = " + ".join(f"{setting} {amount:g}" for setting, amount in asked.items() if amount)
             raise UserError(
                 f"the recipe's actors must fit the cluster: they reserve {sum(asked.values()):g} {name}s ({parts}), "
-                f"the cluster has {sum(free):g}; lower num_actors or {kind} in those sections"
+                f"the cluster has {total:g}; lower num_actors or {kind} in those sections"
             )
-        for need in needs(recipe):
-            amount = float(getattr(need, kind))
-            if amount > max(free, default=0.0) + 1e-9:
-                raise UserError(
-                    f"{need.setting}.{kind} must fit one node of the cluster: it is {amount:g}, and the largest node "
-                    f"has {max(free, default=0.0):g} {name}s"
-                )
+    free = [[float(node.get("CPU", 0.0)), float(node.get("GPU", 0.0))] for node in nodes]
+    for need in sorted(needs(recipe), key=lambda need: (need.num_gpus, need.num_cpus), reverse=True):
+        for index in range(need.num_actors):
+            _place(need, index, free)
+
+
+def _place(need: Need, index: int, free: list[list[float]]) -> None:
+    """Take an actor's share of the first node that has room for it; actors do not stretch over nodes."""
+    for node in free:
+        if need.num_cpus <= node[0] + _ROUNDING and need.num_gpus <= node[1] + _ROUNDING:
+            node[0] -= need.num_cpus
+            node[1] -= need.num_gpus
+            return
+    raise UserError(
+        f"each of the recipe's actors must fit one node of the cluster: for {need.setting}, number {index + 1} of "
+        f"{need.num_actors}, none is left with {need.num_cpus:g} CPUs and {need.num_gpus:g} GPUs; lower "
+        f"{need.setting}.num_cpus or num_gpus, or those of the actors placed before"
+    )

@@ -81,7 +81,7 @@ class ClusterSection(Section):
     """Of a running cluster (`auto`, HOST:PORT); RAY_ADDRESS counts as well. Otherwise a local one is started."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a local cluster; those of the machine by default."""
-    object_store_gib: float = Field(default=1.0, gt=0)
+    object_store_gib: float = Field(default=1.0, ge=0.1, le=65536)
     """Object store of a local cluster."""
     dashboard: bool = True
     """Whether a local cluster has Ray's dashboard."""

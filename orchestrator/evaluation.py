@@ -39,9 +39,18 @@ class Evaluation:
         """The evaluation as flat metrics."""
         flat: dict[str, float] = {}
         for name, estimate in self.estimates.items():
-            key = "evaluation/" + name.replace(" ", "_").lower()
+            key = _key(name)
             flat |= {key: estimate.mean, f"{key}_standard_error": estimate.standard_error}
         return flat | {f"evaluation/status/{status}": float(count) for status, count in self.statuses.items()}
+
+    def earlier(self, metrics: Mapping[str, float]) -> dict[str, Estimate]:
+        """Return the estimates of another evaluation of the same run from its metrics."""
+        keys = {name: _key(name) for name in self.estimates}
+        return {
+            name: Estimate(mean=metrics[key], standard_error=metrics[f"{key}_standard_error"])
+            for name, key in keys.items()
+            if key in metrics
+        }
 
 
 def evaluate(
@@ -82,6 +91,10 @@ def evaluate(
         statuses=dict(sorted(statuses.items())),
         estimates=estimates,
     )
+
+
+def _key(name: str) -> str:
+    return "evaluation/" + name.replace(" ", "_").lower()
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

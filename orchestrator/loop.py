@@ -4,8 +4,9 @@
        ^                                                                 |
        +----------------------- weights of a new version ----------------+
 
-Batch i is learned from at step i and may be requested as soon as the policy is at most `max_staleness` steps behind i. At 0
-each batch is sampled from the very weights that then learn from it. The budget of batch i is the schedule's at i.
+Batch i is learned from at step i and may be requested as soon as the policy is at most `max_staleness` steps behind
+i. At 0 each batch is sampled from the very weights that then learn from it. The budget of batch i is the schedule's
+at i.
 """
 
 from typing import TYPE_CHECKING

@@ -1,12 +1,13 @@
 """Where a recipe's models come from, and what can be said of them without loading them."""
 
-import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from learner.tiny_models import TINY_MODELS, make_tiny_models, tiny_folder
 from orchestrator.errors import RunError, UserError
+from orchestrator.faults import did_you_mean
 from orchestrator.recipe import Recipe
 
 
@@ -23,6 +24,9 @@ def check_models(recipe: Recipe) -> list[str]:
     if recipe.teachers is not None:
         lines.append(f"teachers.model: {check_model('teachers.model', recipe.teachers.model)}")
         _check_same_vocabulary(recipe)
+    folder, stop_token = _local_folder(recipe.students.model), recipe.rollouts.stop_token
+    if folder is not None and stop_token is not None and stop_token not in _vocabulary(folder):
+        raise UserError(f"rollouts.stop_token must be a token of {recipe.students.model!r}, got {stop_token!r}")
     return lines
 
 
@@ -52,14 +56,13 @@ def check_model(setting: str, model: str) -> str:
     if model.startswith("tiny:"):
         name = model.removeprefix("tiny:")
         if name not in TINY_MODELS:
-            close = difflib.get_close_matches(name, TINY_MODELS, n=1)
-            hint = f" (did you mean tiny:{close[0]}?)" if close else ""
-            raise UserError(
-                f"{setting} must be one of {', '.join(f'tiny:{n}' for n in TINY_MODELS)}, got {model!r}{hint}"
-            )
+            known = [f"tiny:{each}" for each in TINY_MODELS]
+            raise UserError(f"{setting} must be {' or '.join(known)}, got {model!r}{did_you_mean(model, known)}")
         made = (tiny_folder(name) / "config.json").exists()
         return f"{model}, {'in' if made else 'will be made in'} {tiny_folder(name)}"
     if model.startswith("hub:"):
+        if not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", model, re.ASCII):
+            raise UserError(f"{setting} must be hub:OWNER/NAME for a model on the Hugging Face Hub, got {model!r}")
         return f"{model.removeprefix('hub:')} on the Hugging Face Hub, looked for when the run starts"
     folder = Path(model)
     if not folder.is_dir():
@@ -69,8 +72,12 @@ def check_model(setting: str, model: str) -> str:
         )
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{setting} must be a Hugging Face folder with a {name}, got {model!r} without one")
-        _read_json(setting, folder / name)
+            inner = folder / "model"
+            hint = f" (did you mean {inner}?)" if (inner / name).is_file() else ""
+            raise UserError(f"{setting} must be a Hugging Face folder with a {name}, got {model!r} without one{hint}")
+        _read_json(folder / name)
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise UserError(f"{setting} must be a Hugging Face folder with weights (.safetensors), got {model!r} without")
     return str(folder.absolute())
 
 
@@ -83,7 +90,7 @@ def _check_same_vocabulary(recipe: Recipe) -> None:
         return
     compare_vocabularies(_vocabulary(ours), _vocabulary(theirs), recipe)
     keys = ("vocab_size",) if recipe.rollouts.stop_token else ("vocab_size", "eos_token_id")
-    configs = [_read_json("model", folder / "config.json") for folder in (ours, theirs)]
+    configs = [_read_json(folder / "config.json") for folder in (ours, theirs)]
     for key in keys:
         compare_settings(key, configs[0].get(key), configs[1].get(key), recipe)
 
@@ -119,18 +126,23 @@ def _local_folder(model: str) -> Path | None:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    tokenizer = _read_json("model", folder / "tokenizer.json")
-    inner = tokenizer.get("model", {}).get("vocab", {})
-    vocabulary = dict(inner) if isinstance(inner, dict) else {token: i for i, (token, *_) in enumerate(inner)}
-    vocabulary |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    return vocabulary
+    file = folder / "tokenizer.json"
+    tokenizer = _read_json(file)
+    try:
+        inner = tokenizer["model"]["vocab"]
+        vocabulary = dict(inner) if isinstance(inner, dict) else {token: i for i, (token, *_) in enumerate(inner)}
+        return vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{file}: must be the tokenizer of a Hugging Face folder, got one without a vocabulary"
+        ) from None
 
 
-def _read_json(setting: str, file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting} must be a readable Hugging Face folder, got {file}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: must be a readable JSON file of a Hugging Face folder, got: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{setting} must be a Hugging Face folder, got {file} without a JSON object")
+        raise UserError(f"{file}: must hold a JSON object, got {type(data).__name__}")
     return data

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import click
 import pyarrow as pa
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from orchestrator.config import AdditionData, CountdownData, DataSection, FileDa
 from orchestrator.errors import UserError
 from orchestrator.evaluation import Evaluation, evaluate
 from orchestrator.models import check_model, make_models, model_location
-from orchestrator.prompts import build_source
+from orchestrator.prompts import PromptText, build_source, read_prompts
 from rewards.config import GradersSection
 from rewards.grade import Grade
 from rewards.graders import Graders, require_task
@@ -49,19 +48,17 @@ def print_evaluation(request: EvaluationRequest) -> None:
         UserError: for a request that cannot be met; names the option.
     """
     ks = _pass_at(request)
-    source = build_source(_data(request), request.seed)
+    held_out = _held_out(request)
     check_model("CHECKPOINT", request.checkpoint)
-    for option in ("num_prompts", "num_samples", "max_new_tokens"):
-        if getattr(request, option) < 1:
-            flag = "--" + option.removeprefix("num_").replace("_", "-")
-            raise UserError(f"{flag} must be at least 1, got {getattr(request, option)}")
     make_models(request.checkpoint)
     # Threads and engine settings are read when torch and vLLM are first imported, which is below.
     os.environ.update(_spec(request, stop_token_id=0).environment)
     from orchestrator.tokenization import PromptEncoder
 
-    encoder = PromptEncoder(request.checkpoint, stop_token=None, max_prompt_tokens=_MAX_PROMPT_TOKENS)
-    prompts = encoder.encode(source.held_out(request.num_prompts))
+    encoder = PromptEncoder(
+        request.checkpoint, stop_token=None, max_prompt_tokens=_MAX_PROMPT_TOKENS, setting="CHECKPOINT"
+    )
+    prompts = encoder.encode(held_out)
     texts = _sample(request, prompts, encoder.stop_token_id)
     graders = Graders(GradersSection())
     try:
@@ -74,25 +71,27 @@ def print_evaluation(request: EvaluationRequest) -> None:
 
 def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id: int) -> list[list[str]]:
     """Return the texts of each prompt's samples."""
-    from transformers import AutoTokenizer
+    from actors.tokenizer import load_tokenizer
 
     spec = _spec(request, stop_token_id=stop_token_id)
     engine = build_engine(spec)
-    generations = engine.generate(
-        [
-            SequenceRequest(
-                prompt_id=prompt.prompt_id,
-                sample_index=index,
-                prompt_ids=prompt.token_ids,
-                max_new_tokens=request.max_new_tokens,
-            )
-            for prompt in prompts
-            for index in range(request.num_samples)
-        ]
-    )
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    try:
+        generations = engine.generate(
+            [
+                SequenceRequest(
+                    prompt_id=prompt.prompt_id,
+                    sample_index=index,
+                    prompt_ids=prompt.token_ids,
+                    max_new_tokens=request.max_new_tokens,
+                )
+                for prompt in prompts
+                for index in range(request.num_samples)
+            ]
+        )
+    finally:
+        engine.shutdown()
+    tokenizer = load_tokenizer(spec.model)
     texts = tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
-    engine.shutdown()
     return [texts[i : i + request.num_samples] for i in range(0, len(texts), request.num_samples)]
 
 
@@ -124,20 +123,18 @@ def _pass_at(request: EvaluationRequest) -> list[int]:
     return ks
 
 
-def _data(request: EvaluationRequest) -> DataSection:
+def _held_out(request: EvaluationRequest) -> list[PromptText]:
     try:
         require_task(request.task)
-        if request.data is not None:
-            return FileData.model_validate({"path": request.data, "held_out_path": request.data, "task": request.task})
-    except ValidationError as error:
-        raise UserError(f"--task: {error.errors()[0]['msg']}") from None
     except ValueError as error:
-        raise UserError(f"--task: {error}") from None
-    if request.task == "addition":
-        return AdditionData()
-    if request.task == "countdown":
-        return CountdownData()
-    raise UserError(f"--data must name a file of prompts, since --task {request.task} generates none")
+        raise UserError(f"--{error}") from None
+    if request.data is not None:
+        section = FileData.model_validate({"path": request.data, "task": request.task})
+        return read_prompts("--data", request.data, section)[: request.num_prompts]
+    generated: dict[str, DataSection] = {"addition": AdditionData(), "countdown": CountdownData()}
+    if request.task not in generated:
+        raise UserError(f"--data must name a file of prompts, since --task {request.task} generates none")
+    return build_source(generated[request.task], request.seed).held_out(request.num_prompts)
 
 
 def _summary(prompts: Sequence[Prompt], grades: Sequence[Grade]) -> pa.RecordBatch:

@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.evaluation import Evaluation
+from orchestrator.evaluation import Estimate, Evaluation
 
 _LINE_EVERY_S = 2.0
 _COLUMNS = (
@@ -54,19 +55,17 @@ class Progress:
             self._last_line = now
             self.say(line)
 
-    def table(self, before: Evaluation | None, after: Evaluation) -> None:
+    def table(self, before: Mapping[str, Estimate], after: Evaluation) -> None:
         """Print the evaluations before and after the run, side by side."""
         table = Table(
             title=f"{after.num_prompts} held-out prompts x {after.num_samples} samples, mean ± standard error",
             title_justify="left",
         )
         table.add_column("")
-        if before is not None:
-            table.add_column("before", justify="right")
+        table.add_column("before", justify="right")
         table.add_column("after", justify="right")
         for name, estimate in after.estimates.items():
-            earlier = [] if before is None else [str(before.estimates.get(name, "-"))]
-            table.add_row(name, *earlier, str(estimate))
+            table.add_row(name, str(before.get(name, "-")), str(estimate))
         self._console.print(table)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -81,4 +80,4 @@ class Progress:
             return "-"
         self._steps_shown += 1
         seconds = round((now - self._began) / self._steps_shown * (self._num_steps - step - 1))
-        return f"{seconds // 60}:{seconds % 60:02d}" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}"
+        return str(timedelta(seconds=seconds))

@@ -1,5 +1,4 @@
-"""Prompts by index: the i-th prompt of a run is a function of the recipe alone, so a position is all there is to resume.
-"""
+"""Prompts by index: the i-th prompt of a run follows from the recipe alone, so resuming needs only a position."""
 
 import json
 import random
@@ -11,7 +10,10 @@ from typing import Any, Protocol
 
 from orchestrator.config import AdditionData, CountdownData, DataSection, FileData
 from orchestrator.errors import UserError
+from orchestrator.faults import shown
 from rewards import addition, countdown
+from rewards.grade import Status
+from rewards.graders import EXACT_CHECKERS
 from rewards.problem import Problem, is_held_out
 
 
@@ -106,8 +108,9 @@ class FilePrompts:
 
     def __init__(self, section: FileData, seed: int) -> None:
         self._section, self._seed = section, seed
-        self._rows = read_prompts(section.path, section)
-        self._held_out = read_prompts(section.held_out_path, section) if section.held_out_path else []
+        self._rows = read_prompts("data.path", section.path, section)
+        held_out = section.held_out_path
+        self._held_out = read_prompts("data.held_out_path", held_out, section) if held_out is not None else []
 
     def training(self, start: int, count: int) -> list[PromptText]:
         """Return the training prompts with those indices; the file begins anew when it is used up."""
@@ -140,22 +143,30 @@ class FilePrompts:
         return order
 
 
-def read_prompts(path: str, section: FileData) -> list[PromptText]:
-    """Read a whole prompt file.
+def read_prompts(setting: str, path: str, section: FileData) -> list[PromptText]:
+    """Read a whole prompt file; `setting` is how an error names it.
 
     Raises:
         UserError: if it is missing, unreadable, empty, or a row is not of the form that `FileData` says.
     """
     file = Path(path)
     if file.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"data.path must name a .jsonl or .parquet file, got {path}")
+        raise UserError(f"{setting} must name a .jsonl or .parquet file, got {path!r}")
     try:
         rows = list(_parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file))
     except OSError as error:
-        raise UserError(f"data.path must be a readable file, got {path}: {error.strerror or error}") from None
+        raise UserError(f"{setting} must be a readable file, got {path!r}: {error.strerror or error}") from None
     if not rows:
-        raise UserError(f"data.path must hold at least one prompt, got none in {path}")
-    return [_prompt(row, where, index, section) for index, (where, row) in enumerate(rows)]
+        raise UserError(f"{setting} must hold at least one prompt, got none in {path!r}")
+    prompts: dict[str, PromptText] = {}
+    for index, (where, row) in enumerate(rows):
+        prompt = _prompt(row, where, index, section)
+        # Random draws and pass@k go by the id, so two prompts of one id would be taken for one.
+        first = prompts.setdefault(prompt.prompt_id, prompt)
+        if first is not prompt:
+            raise UserError(f"{where}: `id` must differ from every other, got {shown(prompt.prompt_id)}, as in "
+                            f"{first.source}; without `id` a prompt's is its number in the file")  # fmt: skip
+    return list(prompts.values())
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -177,7 +188,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with pq.ParquetFile(file) as table:
             number = 0
-            for batch in table.iter_batches():
+            # Other columns may be large, or hold what Python has no value for.
+            for batch in table.iter_batches(columns=["id", "prompt", "messages", "reference"]):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
@@ -190,18 +202,28 @@ def _prompt(row: Any, where: str, index: int, section: FileData) -> PromptText:
         raise UserError(f"{where}: a prompt must be an object, got {type(row).__name__}")
     text, messages, reference = row.get("prompt"), row.get("messages"), row.get("reference")
     if not isinstance(reference, str) or not reference:
-        raise UserError(f"{where}: `reference` must be a non-empty string, got {reference!r}")
+        raise UserError(f"{where}: `reference` must be a non-empty string, got {shown(reference)}")
+    checker = EXACT_CHECKERS.get(section.task)
+    if checker is not None and (grade := checker("", reference)).status is Status.REFUSED:
+        raise UserError(f"{where}: {grade.detail}, got {shown(reference)}")
     if (text is None) == (messages is None):
-        raise UserError(f"{where}: exactly one of `prompt` and `messages` must be given, got {sorted(row)}")
+        came = "both" if text is not None else "neither"
+        raise UserError(f"{where}: exactly one of `prompt` and `messages` must be given, got {came}")
     if messages is None:
         if not isinstance(text, str) or not text:
-            raise UserError(f"{where}: `prompt` must be a non-empty string, got {text!r}")
+            raise UserError(f"{where}: `prompt` must be a non-empty string, got {shown(text)}")
         messages = [{"role": "user", "content": text}] if section.system_prompt else []
+    elif not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: `messages` must be a list of at least one message, got {shown(messages)}")
     turns = [_message(turn, where) for turn in messages]
     if section.system_prompt:
         turns.insert(0, Message(role="system", content=section.system_prompt))
+    prompt_id = row.get("id")
+    if prompt_id is not None and (isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int)):
+        raise UserError(f"{where}: `id` must be a string or a whole number, got {shown(prompt_id)}")
+    _check_unicode(where, str(prompt_id), text or "", reference, *(turn.content for turn in turns))
     return PromptText(
-        prompt_id=str(row.get("id", index)),
+        prompt_id=str(index if prompt_id is None else prompt_id),
         messages=tuple(turns),
         text=text or "",
         task=section.task,
@@ -213,4 +235,12 @@ def _prompt(row: Any, where: str, index: int, section: FileData) -> PromptText:
 def _message(turn: Any, where: str) -> Message:
     if isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str):
         return Message(role=turn["role"], content=turn["content"])
-    raise UserError(f"{where}: each of `messages` must have a `role` and a `content`, both strings, got {turn!r}")
+    raise UserError(f"{where}: each of `messages` must have a `role` and a `content`, both strings, got {shown(turn)}")
+
+
+def _check_unicode(where: str, *texts: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: text must be valid Unicode, got half a surrogate pair: {error.reason}") from None

@@ -1,18 +1,14 @@
 """The recipe: one YAML file, read once, refused whole if anything in it is wrong, written back resolved as JSON."""
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from actors.config import BlendingSection, EngineSection, ModelPoolSection, RolloutsSection, TorchEngineSection
 from learner.config import LearnerSection
+from orchestrator import plain_yaml
 from orchestrator.config import (
     CheckpointsSection,
     ClusterSection,
@@ -21,6 +17,7 @@ from orchestrator.config import (
     TrainingSection,
 )
 from orchestrator.errors import UserError
+from orchestrator.faults import sentences, shown
 from rewards.config import GradersSection
 from rewards.section import Section
 
@@ -28,7 +25,7 @@ from rewards.section import Section
 class Recipe(Section):
     """Everything a run is made from."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Of the run; its folder and its actors' namespace begin with it."""
     seed: int = Field(default=0, ge=0)
     """Of every random number of the run."""
@@ -133,33 +130,6 @@ class Recipe(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key given twice is an error, and 1e-5 is a number as in YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"a key must be a word, got {key!r}",
-                                                        key_node.start_mark)  # fmt: skip
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-# The pattern above also matches whole numbers, which must stay whole: try the integer first.
-for _first in "-+0123456789":
-    _resolvers = _Loader.yaml_implicit_resolvers[_first]
-    _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe.
 
@@ -177,111 +147,41 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe must be a readable file, got: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: a recipe must be UTF-8 text, got bytes that are not") from None
-    data = _parse(text, str(path))
+    data = plain_yaml.parse(text, str(path))
     if data is None:
         raise UserError(f"{path}: a recipe must hold settings, got an empty file")
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe must be a mapping of sections, got a {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
+    if isinstance(data, dict):
+        for override in overrides:
+            _apply(data, override)
     return recipe_from(data, str(path))
 
 
-def recipe_from(data: Mapping[str, Any], source: str) -> Recipe:
-    """Validate settings that were already read; `source` begins each line of the error."""
+def recipe_from(data: Any, source: str) -> Recipe:
+    """Validate settings that were already read; `source` begins each line of the error.
+
+    Raises:
+        UserError: as `load_recipe` does.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{source}: {_sentence(fault, data)}" for fault in error.errors(include_url=False)]
-        raise UserError("\n".join(lines)) from None
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
-        where = f"line {error.problem_mark.line + 1}" if error.problem_mark else "the file"
-        raise UserError(f"{source}: a recipe must be plain YAML, got in {where}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: a recipe must be plain YAML, got: {str(error).splitlines()[0]}") from None
+        raise UserError("\n".join(f"{source}: {sentence}" for sentence in sentences(error, Recipe))) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one setting, making the sections on its way; the recipe's own mappings may be shared, so they are copied."""
     name, equals, value = override.partition("=")
-    if not equals or not name or not all(name.split(".")):
-        raise UserError(f"an override must be section.key=value, got {override!r}")
-    *sections, key = name.split(".")
+    *sections, key = name.strip().split(".")
+    if not equals or not all((*sections, key)):
+        raise UserError(f"an override must be section.key=value, got {shown(override)}")
+    if not value.strip():
+        raise UserError(f"an override must be section.key=value, got {override!r} without a value; write null for none")
     for section in sections:
         inner = data.get(section)
         if isinstance(inner, str) and section == "engine":
             inner = {"type": inner}
         if inner is not None and not isinstance(inner, dict):
-            raise UserError(f"{override}: {section} is a value, not a section")
+            raise UserError(f"{name}: {section} is a value, not a section, so nothing in it can be set")
         data[section] = inner = dict(inner or {})
         data = inner
-    data[key] = _parse(value, override)
-
-
-def _sentence(fault: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """Turn one pydantic fault into: path, what is required, what came."""
-    path, kind, context = _path(fault["loc"], data), fault["type"], fault.get("ctx", {})
-    if kind == "value_error":
-        return str(context["error"]) if not path else f"{path}: {context['error']}"
-    if kind == "extra_forbidden":
-        section, _, key = path.rpartition(".")
-        allowed = sorted(_settings_at(section, data))
-        return f"{path} is not a setting{_did_you_mean(key, allowed)}; {section or 'a recipe'} has {', '.join(allowed)}"
-    if kind == "missing":
-        return f"{path} is required and missing"
-    if kind in ("union_tag_invalid", "literal_error"):
-        allowed = [tag.strip("'") for tag in re.split(r", | or ", context.get("expected_tags") or context["expected"])]
-        came = context.get("tag", fault["input"])
-        if kind == "union_tag_invalid":
-            path += ".type"
-        return f"{path} must be {' or '.join(allowed)}, got {came!r}{_did_you_mean(str(came), allowed)}"
-    if kind == "union_tag_not_found":
-        return f"{path}.type is required and missing"
-    requirement = fault["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-    return f"{path} must be {requirement}, got {_shortened(fault['input'])}"
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _path(location: tuple[Any, ...], data: Any) -> str:
-    """Join a pydantic location, leaving out the tags of unions, which are no settings."""
-    parts = []
-    for i, part in enumerate(location):
-        inside = isinstance(data, Mapping) and part in data
-        if inside or not isinstance(part, str) or i == len(location) - 1:
-            parts.append(str(part))
-            data = data[part] if inside else None
-    return ".".join(parts)
-
-
-def _settings_at(path: str, data: Any) -> set[str]:
-    """Names of the settings of the section at `path`, following the `type` given in `data` through unions."""
-    kinds: list[type[BaseModel]] = [Recipe]
-    for part in filter(None, path.split(".")):
-        annotations = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
-        kinds = [kind for annotation in annotations for kind in _sections_of(annotation)]
-        data = data.get(part) if isinstance(data, Mapping) else None
-        tag = data.get("type") if isinstance(data, Mapping) else None
-        tagged = [k for k in kinds if "type" in k.model_fields and k.model_fields["type"].default == tag]
-        kinds = tagged or kinds
-    return {name for kind in kinds for name in kind.model_fields}
-
-
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [kind for inner in typing.get_args(annotation) for kind in _sections_of(inner)]
-    return []
+    data[key] = plain_yaml.parse(value, name)

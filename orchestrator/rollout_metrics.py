@@ -1,8 +1,10 @@
 """What a step's rollouts say of themselves: lengths, budget, blend, distance to the teacher, staleness."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -63,5 +65,5 @@ def kl_to_teacher(shard: pa.RecordBatch) -> list[float]:
     return means
 
 
-def _flat(table: pa.Table, column: str) -> np.ndarray:  # type: ignore[type-arg]
+def _flat(table: pa.Table, column: str) -> npt.NDArray[Any]:
     return np.asarray(pc.list_flatten(table[column]).to_numpy())

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
@@ -31,11 +31,8 @@ class Queue:
     """The driver's end of the queue actor."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._actor: Any = (
-            ray.remote(ExperienceQueue)
-            .options(name="experience-queue", num_cpus=0)
-            .remote("experience-queue", recipe)
-        )
+        actor_class: Any = ray.remote(ExperienceQueue)
+        self._actor = actor_class.options(name="experience-queue", num_cpus=0).remote("experience-queue", recipe)
         self._requests: dict[int, Any] = {}
         ray.get(self._actor.start.remote())
 
@@ -69,12 +66,11 @@ class Evaluator:
         self._is_on = recipe.evaluation.num_prompts > 0 and (
             recipe.data.type != "file" or recipe.data.held_out_path is not None
         )
-        self._first: Evaluation | None = None
 
     def before(self, num_steps: int, weights: PolicyWeights) -> None:
-        """Evaluate where the run begins."""
-        if self._is_on:
-            self._first = self._evaluate(num_steps, weights)
+        """Evaluate the untrained student; a run that is resumed has done so."""
+        if self._is_on and num_steps == 0:
+            self._evaluate(num_steps, weights)
 
     def run_if_due(self, num_steps: int, weights: PolicyWeights) -> None:
         """Evaluate after that many optimizer steps, if the recipe says so."""
@@ -85,7 +81,8 @@ class Evaluator:
     def after(self, num_steps: int, weights: PolicyWeights) -> None:
         """Evaluate where the run ends, and print both ends."""
         if self._is_on:
-            self._progress.table(self._first, self._evaluate(num_steps, weights))
+            last = self._evaluate(num_steps, weights)
+            self._progress.table(last.earlier(self._sinks.first_evaluation()), last)
 
     def _evaluate(self, num_steps: int, weights: PolicyWeights) -> Evaluation:
         experience = self._queue.evaluate(weights)
@@ -100,7 +97,9 @@ class Evaluator:
 class Run:
     """One training run. The loop (orchestrator/loop.py) calls its parts; nothing here decides what the algorithm is."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress, stop: Interruption, *, resume: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, progress: Progress, stop: Interruption, *, resume: bool
+    ) -> None:
         """Start the actors on the connected cluster; `resume` continues from the folder's newest checkpoint."""
         self.recipe, self.folder, self.progress, self._stop = recipe, folder, progress, stop
         self._closing = ExitStack()
@@ -184,8 +183,7 @@ class Run:
             self._changeover_told = True
             metrics["time/changeover_s"] = experience.changeover_s
             self.progress.say(
-                "the budget is 0: plain student rollouts from here on, "
-                f"changed over in {experience.changeover_s:.1f} s"
+                f"the budget is 0: plain student rollouts from here on, changed over in {experience.changeover_s:.1f} s"
             )
         self.sinks.write_step(step, metrics)
         self.progress.step(step, metrics)
@@ -220,7 +218,8 @@ def started(
             finally:
                 run.close()
     except Exception:
-        (folder.path / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):  # a full disk may be what failed
+            (folder.path / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
         raise
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,23 @@ class RunFolder:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            for attempt in range(1000):
+            for attempt in count():
                 path = parent / (f"{recipe.name}-{stamp}" + (f"-{attempt}" if attempt else ""))
                 try:
                     path.mkdir()
                     break
                 except FileExistsError:
                     continue
-        except OSError as error:
-            raise UserError(f"training.folder must be a folder that can be written, got {parent}: {error.strerror}") \
-                from None
+            for name in ("rollouts", "checkpoints"):
+                (path / name).mkdir()
+        except (OSError, ValueError) as error:
+            came = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"training.folder must be a folder that can be written, got {str(parent)!r}: {came}"
+            ) from None
         folder = cls(path)
         folder.write_json("recipe.json", recipe.model_dump(mode="json"))
         folder.write_json("environment.json", _environment())
-        for name in ("rollouts", "checkpoints"):
-            (path / name).mkdir()
         return folder
 
     @classmethod
@@ -67,7 +70,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if not (folder.path / "recipe.json").is_file():
-            raise UserError(f"a run folder must hold a recipe.json, got {path} without one")
+            raise UserError(f"a run folder must hold a recipe.json, got {path!r} without one")
         return folder
 
     def recipe(self) -> Recipe:
@@ -75,7 +78,7 @@ class RunFolder:
         file = self.path / "recipe.json"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: must be the resolved recipe of a run, got: {error}") from None
         return recipe_from(data, str(file))
 
@@ -102,6 +105,7 @@ class RunFolder:
             pq.write_table(pa.Table.from_batches(shards), draft, compression="zstd")
             draft.replace(file)
         except OSError as error:
+            draft.unlink(missing_ok=True)
             raise write_failed(file, error) from None
 
     def append_json(self, file: Path, record: Mapping[str, Any]) -> None:
@@ -133,8 +137,7 @@ class RunFolder:
 def write_failed(file: Path, error: OSError) -> RunError:
     """Return the error for a file that could not be written: what was lost, and what was not."""
     return RunError(
-        f"{file} could not be written: {error.strerror or error}. The run stops; what was written before is kept, and "
-        "`tutelage resume` continues from the last checkpoint once there is room"
+        f"{file} could not be written: {error.strerror or error}. The run stops; what was written before is kept"
     )
 
 

@@ -1,5 +1,6 @@
 """Where a run's metrics go: a JSON lines file, TensorBoard events, and Ray's metrics, which its dashboard shows."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ class Sinks:
         """Write an evaluation made after that many optimizer steps."""
         self._folder.append_json(self._folder.evaluations, {"step": num_steps, **_finite(metrics)})
         self._publish(num_steps, metrics)
+
+    def first_evaluation(self) -> dict[str, float]:
+        """Return the metrics of the run's first evaluation."""
+        with self._folder.evaluations.open(encoding="utf-8") as lines:
+            first: dict[str, float] = json.loads(lines.readline())
+        return first
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -1,12 +1,15 @@
 """From prompt texts to token ids, and which token ends a completion."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from actors.experience import Prompt
+from actors.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.models import compare_settings, compare_vocabularies, model_location
 from orchestrator.prompts import PromptText
@@ -16,14 +19,16 @@ from orchestrator.recipe import Recipe
 class PromptEncoder:
     """The student's tokenizer, applied to prompts."""
 
-    def __init__(self, model: str, *, stop_token: str | None, max_prompt_tokens: int) -> None:
-        """Load the tokenizer of `model`, as a recipe names it.
+    def __init__(
+        self, model: str, *, stop_token: str | None, max_prompt_tokens: int, setting: str = "students.model"
+    ) -> None:
+        """Load the tokenizer of `model`, as a recipe names it; `setting` is how an error names it.
 
         Raises:
             UserError: if the model cannot be had or has no such stop token.
         """
-        self._model, self._max_prompt_tokens = model, max_prompt_tokens
-        self._tokenizer = _tokenizer("students.model", model)
+        self._model, self._setting, self._max_prompt_tokens = model, setting, max_prompt_tokens
+        self._tokenizer = _tokenizer(setting, model)
         self.stop_token_id = self._stop_token_id(stop_token)
 
     @property
@@ -60,8 +65,8 @@ class PromptEncoder:
             return prompt.text
         if self._tokenizer.chat_template is None:
             raise UserError(
-                f"{prompt.source or prompt.prompt_id}: students.model must have a chat template, since the prompt is a "
-                f"chat; {self._model!r} has none"
+                f"{prompt.source or prompt.prompt_id}: {self._setting} must have a chat template, since the prompt is "
+                f"a chat; {self._model!r} has none"
             )
         messages = [asdict(message) for message in prompt.messages]
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -83,13 +88,20 @@ def check_teacher(recipe: Recipe, encoder: PromptEncoder) -> None:
     if recipe.rollouts.stop_token is None:
         compare_settings("eos_token_id", encoder.stop_token_id, teacher.eos_token_id, recipe)
     models = (recipe.students.model, recipe.teachers.model)
-    sizes = [AutoConfig.from_pretrained(model_location(model)).vocab_size for model in models]
+    sizes = [_vocab_size(model) for model in models]
     compare_settings("vocab_size", sizes[0], sizes[1], recipe)
+
+
+def _vocab_size(model: str) -> int:
+    """The width of the model's logits, which may be more than its tokenizer's tokens."""
+    file = cached_file(model_location(model), "config.json")
+    return int(json.loads(Path(str(file)).read_text(encoding="utf-8"))["vocab_size"])
 
 
 def _tokenizer(setting: str, model: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model_location(model))
+        return load_tokenizer(model_location(model))
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting} must be a model with a tokenizer, got {model!r}: {str(error).splitlines()[0]}") \
-            from None
+        raise UserError(
+            f"{setting} must be a model with a tokenizer, got {model!r}: {str(error).splitlines()[0]}"
+        ) from None

@@ -10,7 +10,7 @@ class GradersSection(Section):
 
     num_actors: int = Field(default=1, ge=1)
     """How many."""
-    num_cpus: float = Field(default=0.25, gt=0)
+    num_cpus: float = Field(default=0.25, ge=0.001)
     """Ray CPUs that each actor reserves."""
     deadline_s: float = Field(default=5.0, gt=0)
     """Wall-clock seconds that one completion may take in a worker process; the worker is killed then."""

@@ -124,7 +124,7 @@ class SequenceEngine(Engine, Protocol):
         """Score [B, k] drafted tokens at [B, k, K] ids in one pass; nothing is committed."""
 
     def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
-        """Keep the first num_accepted [B] tokens of the last draft or score, then append replacement_ids [B] (-1: none).
+        """Keep the first num_accepted [B] tokens of the last draft or score; append replacement_ids [B] (-1: none).
 
         Everything else of the draft is rolled back.
         """

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 _GROWTH = 64
 
 
-class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class RaggedLayer(CacheLayerMixin):
     """The cache of one attention layer: keys and values [rows, heads, capacity, head_dim]."""
 
     def __init__(self) -> None:

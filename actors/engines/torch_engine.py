@@ -257,9 +257,7 @@ class TorchEngine:
         """Drop the model and the cache."""
         del self._model, self._cache
 
-    def _forward(
-        self, sequences: Sequence[int], inputs: Tensor, positions: Tensor, logits_to_keep: int = 0
-    ) -> Tensor:
+    def _forward(self, sequences: Sequence[int], inputs: Tensor, positions: Tensor, logits_to_keep: int = 0) -> Tensor:
         """Run [B, q] tokens of the sequences at [B, q] positions; return logits [B, q, V]."""
         rows = [self._sequences[handle].row for handle in sequences]
         num_rows = len(self._sequences)

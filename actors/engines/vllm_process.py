@@ -77,12 +77,13 @@ class VllmProcess:
         return record
 
     def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+        """Replace the student's weights in place, and forget what was cached of the old ones."""
         self._call("tutelage_load_weights", weights)
         if not self._llm.reset_prefix_cache():
             raise EngineError("the prefix cache must be empty after new weights, vLLM did not reset it")
 
     def check_draft_length(self, max_model_len: int) -> None:
-        """Refuse a student whose positions end before the teacher's need for drafts does."""
+        """Refuse a student that serves fewer positions than the teacher: near its end it would not draft."""
         served = self._llm.llm_engine.vllm_config.speculative_config.draft_model_config.max_model_len
         if served < max_model_len:
             raise EngineError(
@@ -100,6 +101,7 @@ class VllmProcess:
         scheduler.max_num_active_reqs = max(1, min(scheduler.max_num_active_reqs, fitting))
 
     def shutdown(self) -> None:
+        """Free the models and the cache, and vLLM's state in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._llm.llm_engine.engine_core.shutdown()

@@ -50,7 +50,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         initializer_range=0.2,
     )
     folder = tmp_path_factory.mktemp("student")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return str(folder)
 
@@ -137,7 +137,7 @@ def make_section(
         "warmup_steps": 2,
         "lr_schedule": "linear",
         "step_timeout_s": 60.0,
-        "start_timeout_s": 120.0,
+        "start_timeout_s": 240.0,
     }
     return LearnerSection(**{**values, **more})
 
@@ -165,7 +165,8 @@ class Ranks:
         self._hosts = hosts
         _, port = ray.get(hosts[0].address.remote())
         arguments = {"section": section, "world_size": len(hosts), "model_folder": model_folder}
-        ray.get([host.open.remote(("127.0.0.1", port), rank=i, **arguments) for i, host in enumerate(hosts)])
+        opened = [host.open.remote(("127.0.0.1", port), rank=i, **arguments) for i, host in enumerate(hosts)]
+        ray.get(opened, timeout=240)
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         return list(ray.get([host.call.remote(method, *arguments) for host in self._hosts], timeout=60))
@@ -190,7 +191,7 @@ def open_ranks(ray_cluster: str, model_folder: str) -> Iterator[OpenRanks]:
     """Yield what makes a new learner in processes that were ranks of an earlier one of the same world size."""
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     host_class = ray.remote(RankHost).options(num_cpus=0.5, runtime_env={"env_vars": environment})
-    hosts = {1: [host_class.remote()], 2: [host_class.remote(), host_class.remote()]}
+    hosts: dict[int, list[Any]] = {1: [host_class.remote()], 2: [host_class.remote(), host_class.remote()]}
     yield lambda section: Ranks(hosts[section.world_size], section, model_folder)
     for host in [*hosts[1], *hosts[2]]:
         ray.kill(host)
@@ -259,7 +260,7 @@ def plain_steps(section: LearnerSection, model_folder: str, batches: Sequence[Tr
     return steps
 
 
-def plain_loss(model: Any, rollout: Rollout, advantage: float, objective: Objective) -> Tensor:
+def plain_loss(model: Any, rollout: Rollout, advantage: float, objective: Objective) -> Any:
     """Per-token losses [T] of one rollout."""
     prompt, completion = list(rollout.prompt.token_ids), rollout.completion
     tokens = torch.tensor([[*prompt, *completion.token_ids.tolist()]])

@@ -1,4 +1,4 @@
-"""Whole runs of the real command on a real Ray cluster: they learn, repeat to the bit, resume, survive, and are recorded.
+"""Whole runs of the real command on a real Ray cluster: they learn, repeat to the bit, resume, and are recorded.
 
 Each run joins the session's cluster by RAY_ADDRESS and makes its own actors. The tiny models are made once and cached.
 """
@@ -20,7 +20,7 @@ import ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.experience import rollouts_from_arrow
+from actors.experience import Rollout, rollouts_from_arrow
 from rewards import addition
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -65,6 +65,19 @@ def timeless(file: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(file)]
 
 
+def recorded_kl(rollouts: list[Rollout]) -> float:
+    """KL(student || teacher), mean over all tokens, from what the engines recorded on the full support."""
+    each = []
+    for rollout in rollouts:
+        assert rollout.teacher is not None
+        assert rollout.teacher.teacher_logprobs is not None
+        ours, theirs = (
+            a.astype(np.float64) for a in (rollout.teacher.student_logprobs, rollout.teacher.teacher_logprobs)
+        )
+        each.append((np.exp(ours) * (ours - theirs)).sum(1))
+    return float(np.concatenate(each).mean())
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
@@ -107,6 +120,7 @@ def test_every_rollout_is_kept_as_it_was(straight: tuple[Path, str]) -> None:
         rollouts = [r for batch in table.to_batches() for r in rollouts_from_arrow(batch)]
         assert len(rollouts) == 16
         assert line["rollout/num_tokens"] == sum(r.completion.num_tokens for r in rollouts)
+        assert line["loss/kl_to_teacher"] == pytest.approx(recorded_kl(rollouts), rel=1e-3), "sampler and learner agree"
         for rollout in rollouts:
             seen.add(rollout.prompt.prompt_id)
             assert rollout.grade is not None
@@ -142,8 +156,8 @@ def test_a_run_that_was_killed_resumes_as_if_it_had_not_been(
     process.communicate()
     (folder,) = tmp_path.iterdir()
     finished(command("resume", str(folder), address=ray_cluster))
-    assert timeless(folder / "metrics.jsonl") == timeless(straight[0] / "metrics.jsonl")
-    assert timeless(folder / "evaluations.jsonl")[-1] == timeless(straight[0] / "evaluations.jsonl")[-1]
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert timeless(folder / name) == timeless(straight[0] / name)
 
 
 def test_an_asynchronous_run_with_two_students_learns_within_its_staleness_and_survives_a_kill(

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 VOCABULARY, STOP, SUPPORT, SEED = 8, 2, 3, 11
 MAX_MODEL_LEN, DRAFT_LENGTH, MAX_NUM_SEQS = 96, 3, 128
 PROMPT = (1, 5, 3, 7)
-NUM_SAMPLES, NUM_TOKENS = 6000, 4
+NUM_SAMPLES, NUM_TOKENS = 10000, 4
 FALSE_ALARM = 6.0  # standard deviations; 1e-9 for each comparison
 
 NextLaw = Callable[[Tensor], Tensor]
@@ -210,7 +210,7 @@ def test_recorded_laws_of_generated_tokens_are_the_models(engines: tuple[Any, An
     for request, generation in zip(requests, call(engines[0].generate, requests), strict=True):
         laws = laws_along(student, request.prompt_ids, generation.token_ids)
         check_support(laws, generation.support_ids, generation.support_logprobs, generation.tail_logprobs)
-        expected = laws.gather(1, torch.from_numpy(generation.token_ids).long()[:, None])[:, 0]
+        expected = laws.gather(1, torch.tensor(generation.token_ids).long()[:, None])[:, 0]
         np.testing.assert_allclose(generation.token_logprobs, expected, atol=1e-4)
         assert (np.diff(generation.support_logprobs, axis=1) <= 0).all()
 
@@ -222,7 +222,7 @@ def test_recorded_laws_of_blended_tokens_are_the_models_and_mu(
     for request, g in zip(requests, call(engines[1].generate_blended, requests, epsilon), strict=True):
         pi_s, pi_t = (laws_along(model, request.prompt_ids, g.token_ids) for model in (student, teacher))
         mu = blend(pi_s, pi_t, epsilon)
-        tokens = torch.from_numpy(g.token_ids).long()[:, None]
+        tokens = torch.tensor(g.token_ids).long()[:, None]
         for stored, laws in (
             (g.behaviour_logprobs, mu.logprobs),
             (g.student_logprobs, pi_s),
@@ -240,7 +240,7 @@ def test_recorded_laws_of_blended_tokens_are_the_models_and_mu(
 
 
 def check_support(laws: Tensor, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> None:
-    where = torch.from_numpy(ids).long()
+    where = torch.tensor(ids).long()
     np.testing.assert_allclose(logprobs, laws.gather(1, where), atol=1e-4)
     np.testing.assert_allclose(tail, torch.logsumexp(laws.scatter(1, where, -torch.inf), dim=1), atol=1e-4)
 
@@ -257,7 +257,7 @@ def test_finished_completions_are_scored_at_whatever_ids_are_asked_for(
         laws = laws_along(student, prompt, completion)
         assert score.support_logprobs.shape == (1, len(completion), 5)
         check_support(laws, support, score.support_logprobs[0], score.tail_logprobs[0])
-        expected = laws.gather(1, torch.from_numpy(completion).long()[:, None])[:, 0]
+        expected = laws.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
         np.testing.assert_allclose(score.token_logprobs[0], expected, atol=1e-4)
 
 
@@ -282,7 +282,7 @@ def test_a_prompt_may_end_with_the_stop_token(engines: tuple[Any, Any], student:
         assert STOP not in generation.token_ids[:-1]
         assert generation.finish_reason == ("stop" if generation.token_ids[-1] == STOP else "length")
         laws = laws_along(student, (1, 4, STOP), generation.token_ids)
-        expected = laws.gather(1, torch.from_numpy(generation.token_ids).long()[:, None])[:, 0]
+        expected = laws.gather(1, torch.tensor(generation.token_ids).long()[:, None])[:, 0]
         np.testing.assert_allclose(generation.student_logprobs, expected, atol=1e-4)
 
 

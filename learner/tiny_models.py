@@ -42,7 +42,7 @@ class TinyModel:
 
 TINY_MODELS = {
     "addition-teacher": TinyModel(task="addition", hidden_size=96, num_layers=2, num_steps=300, seed=0),
-    "addition-student": TinyModel(task="addition", hidden_size=64, num_layers=2, num_steps=170, seed=0),
+    "addition-student": TinyModel(task="addition", hidden_size=64, num_layers=2, num_steps=145, seed=0),
     "countdown-student": TinyModel(task="countdown", hidden_size=96, num_layers=3, num_steps=250, seed=0),
 }
 
@@ -143,7 +143,7 @@ def _train(spec: TinyModel, folder: Path) -> None:
         Qwen3Config(
             vocab_size=len(vocabulary), hidden_size=spec.hidden_size, intermediate_size=3 * spec.hidden_size,
             num_hidden_layers=spec.num_layers, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=max(16, spec.hidden_size // 4), max_position_embeddings=128, tie_word_embeddings=True,
+            head_dim=32, max_position_embeddings=128, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             pad_token_id=pad, bos_token_id=bos, eos_token_id=eos,
         )

@@ -1,6 +1,7 @@
 """The command `tutelage`."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -154,7 +155,11 @@ def _train(recipe: Recipe, folder: "RunFolder", *, resume: bool) -> None:
     progress.say(f"run folder: {folder.path}")
     if code and has_checkpoint(folder):
         progress.say(f"continue with: tutelage resume {shlex.quote(str(folder.path))}")
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed. Python's own way out sometimes ends in a segmentation fault, in threads that Ray leaves behind when
+    # it is interrupted while starting.
+    os._exit(code)
 
 
 def _check_data(recipe: Recipe) -> None:

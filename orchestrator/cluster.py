@@ -3,12 +3,13 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.worker import BaseContext
 
 from orchestrator.config import ClusterSection
 from orchestrator.errors import UserError
@@ -35,42 +36,52 @@ def connected(section: ClusterSection, namespace: str, *, log_to_driver: bool) -
     """Join the cluster of the recipe or of RAY_ADDRESS, or start a local one; yield the dashboard's address, if any.
 
     Raises:
-        UserError: if the address given leads to no cluster.
+        UserError: if the address given leads to no cluster, or the machine has not the memory for a local one.
     """
     setting = "cluster.address" if section.address else "RAY_ADDRESS"
     address = section.address or os.environ.get("RAY_ADDRESS") or "local"
-    local: dict[str, Any] = {}
-    if address == "local":
-        # Said to Ray as well: without an address it would join a cluster that `ray start` has left on this machine.
-        setting = "cluster.object_store_gib"
-        local = {
-            "num_cpus": section.num_cpus,
-            "object_store_memory": int(section.object_store_gib * 2**30),
-            "include_dashboard": section.dashboard,
-        }
-    elif address != "auto":
-        _check_reachable(setting, address)
+    options: dict[str, Any] = {
+        "address": address,
+        "namespace": namespace,
+        "log_to_driver": log_to_driver,
+        "logging_level": logging.WARNING,
+    }
     try:
-        context = ray.init(
-            address=address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        required = "leave memory for the actors" if local else "lead to a running Ray cluster"
-        came = section.object_store_gib if local else repr(address)
-        raise UserError(f"{setting} must {required}, got {came}: {str(error).splitlines()[0]}") from None
-    try:
+        # Said in so many words, since Ray without an address joins a cluster that `ray start` left on this machine.
+        context = _start(section, options) if address == "local" else _join(setting, address, options)
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+def _start(section: ClusterSection, options: Mapping[str, Any]) -> BaseContext:
+    memory = int(section.object_store_gib * 2**30)
+    try:
+        return ray.init(
+            num_cpus=section.num_cpus, object_store_memory=memory, include_dashboard=section.dashboard, **options
+        )
+    except ValueError as error:
+        raise UserError(
+            f"cluster.object_store_gib must leave memory for the actors, got {section.object_store_gib:g}: {error}"
+        ) from None
+
+
+def _join(setting: str, address: str, options: Mapping[str, Any]) -> BaseContext:
+    if address != "auto":
+        _check_reachable(setting, address)
+    try:
+        return ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{setting} must lead to a running Ray cluster, got {address!r}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _check_reachable(setting: str, address: str) -> None:
     """Find out in seconds whether anything answers at an address; Ray itself keeps trying for many minutes."""
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 2**16) or "/" in host:
-        raise UserError(
-            f"{setting} must be auto, local, or HOST:PORT of a Ray head (ray start says it), got {address!r}"
-        )
+        raise UserError(f"{setting} must be auto, local, or HOST:PORT of the head of a Ray cluster, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
     except OSError as error:

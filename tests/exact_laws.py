@@ -98,16 +98,16 @@ def probabilities_of_sequences(next_law: NextLaw) -> dict[tuple[int, ...], float
 def surprise(sequences: Sequence[tuple[int, ...]], next_law: NextLaw) -> float:
     """Pearson's chi-square of the counts against the law, as a standard normal (Wilson and Hilferty).
 
-    Sequences expected fewer than 20 times are counted together.
+    Sequences expected fewer than 10 times are counted together.
     """
     counts, law = Counter(sequences), probabilities_of_sequences(next_law)
     assert math.isclose(sum(law.values()), 1.0, abs_tol=1e-9)
     assert set(counts) <= set(law)
     total = len(sequences)
-    often = {s: total * p for s, p in law.items() if total * p >= 20}
+    often = {s: total * p for s, p in law.items() if total * p >= 10}
     seen = [counts[s] for s in often] + [total - sum(counts[s] for s in often)]
     expected = [*often.values(), total - sum(often.values())]
     statistic = sum((n - e) ** 2 / e for n, e in zip(seen, expected, strict=True))
     freedom = len(expected) - 1
-    assert freedom >= 15, "too few sequences are frequent enough to tell laws apart"
+    assert freedom > 30, "too few sequences are frequent enough to tell laws apart"
     return (((statistic / freedom) ** (1 / 3)) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))

@@ -1,6 +1,7 @@
 """The DeepSpeed learner against plain torch, over Ray actors, on a Qwen3 of 4 thousand random weights."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         initializer_range=0.2,
     )
     folder = tmp_path_factory.mktemp("student")
-    Qwen3ForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    Qwen3ForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return str(folder)
 
@@ -202,7 +203,7 @@ def weights_of(policy: PolicyWeights) -> dict[str, Tensor]:
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+    return max((one[name] - other[name]).abs().max().item() for name in one | other)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -216,8 +217,8 @@ def spoil(rollouts: list[Rollout], number: int) -> list[Rollout]:
     assert scores.teacher_logprobs is not None
     spoiled = scores.teacher_logprobs.copy()
     spoiled[0, 0] = math.nan
-    changed = replace(rollouts[number], teacher=replace(scores, teacher_logprobs=spoiled))
-    return [*rollouts[:number], changed, *rollouts[number + 1 :]]
+    rollouts[number] = replace(rollouts[number], teacher=replace(scores, teacher_logprobs=spoiled))
+    return rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ class PlainStep:
 
 
 def plain_steps(section: LearnerSection, model_folder: str, batches: Sequence[TrainBatch]) -> list[PlainStep]:
-    """The slow obvious twin: one process, one rollout at a time, no padding, torch's own AdamW and clipping."""
+    """The slow obvious twin: one process, one rollout at a time, no padding."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=section.adam_betas, weight_decay=section.weight_decay
@@ -246,7 +247,7 @@ def plain_steps(section: LearnerSection, model_folder: str, batches: Sequence[Tr
                 losses.append(plain_loss(model, rollout, float(advantage), section.objective))
         loss = torch.cat(losses).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.grad_clip)
         optimizer.step()
         steps.append(
@@ -301,7 +302,6 @@ def test_every_stage_world_size_and_split_learns_what_plain_torch_learns(
         if objective is DISTIL:
             assert report.metrics["kl_to_teacher"] == pytest.approx(report.loss, rel=1e-4)
     weights = ranks.weights(NUM_STEPS)
-    assert weights.keys() == expected[-1].weights.keys()
     assert largest_difference(weights, expected[-1].weights) < 5e-5
     assert largest_difference(weights, expected[0].weights) > 1e-3, "the steps move more than the tolerance"
 
@@ -385,15 +385,13 @@ def test_a_model_folder_that_is_missing_is_told_in_the_first_line(ray_cluster: s
         LearnerGroup(
             make_section(), model_folder=str(tmp_path / "nothing"), rollouts_per_step=8, num_steps=1, namespace="tests"
         )
-    first_line = str(failure.value).splitlines()[0]
-    assert first_line.startswith("learner-0 failed to start: ")
-    assert "nothing" in first_line
+    assert re.match(r"learner-0 failed to start: .*nothing", str(failure.value).splitlines()[0])
 
 
 def test_ranks_that_take_too_long_are_stopped(ray_cluster: str, model_folder: str) -> None:
-    section = make_section(start_timeout_s=0.01)
+    hurried = make_section(start_timeout_s=0.01)
     with pytest.raises(LearnerError, match=r"start must end within 0.01 s, but learner-0 had not"):
-        LearnerGroup(section, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
+        LearnerGroup(hurried, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_any_rank_starts(model_folder: str) -> None:

@@ -39,7 +39,7 @@ from tests.exact_laws import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-NUM_SAMPLES = 6000
+NUM_SAMPLES = 10000
 BUDGETS = [0.05, 0.5]
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(folder: Path) -> Qwen3ForCausalLM:
-    return make_model(folder / "student", seed=1, hidden_size=32, tied=False, scale=0.3)
+    return make_model(folder / "student", seed=1, hidden_size=32, tied=True, scale=0.2)
 
 
 @pytest.fixture(scope="module")

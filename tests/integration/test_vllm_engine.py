@@ -1,7 +1,7 @@
 """The vLLM engines against exact laws: every sequence is enumerated in float64 with transformers.
 
 Two engines run as Ray actors of their own, as in a training run: one with a student, one with student and teacher.
-The models are random, the vocabulary has 8 tokens, so that all 4-token sequences can be counted. About 100 s on two
+The models are random, the vocabulary has 8 tokens, so that all 4-token sequences can be counted. About 80 s on two idle
 cores, most of it vLLM's import and start.
 """
 
@@ -9,8 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +18,30 @@ import pytest
 import ray
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from actors.engines.errors import EngineError
 from actors.engines.protocol import Generation, SequenceRequest
 from actors.engines.vllm_engine import BlendedGeneration, VllmBlendEngine, VllmEngine, environment
 from actors.trust_region import blend
+from tests.exact_laws import (
+    FALSE_ALARM,
+    NUM_TOKENS,
+    PROMPT,
+    STOP,
+    VOCABULARY,
+    blend_of,
+    law_of,
+    laws_along,
+    make_model,
+    surprise,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
-VOCABULARY, STOP, SUPPORT, SEED = 8, 2, 3, 11
+SUPPORT, SEED = 3, 11
 MAX_MODEL_LEN, DRAFT_LENGTH, MAX_NUM_SEQS = 96, 3, 128
-PROMPT = (1, 5, 3, 7)
-NUM_SAMPLES, NUM_TOKENS = 10000, 4
-FALSE_ALARM = 6.0  # standard deviations; 1e-9 for each comparison
-
-NextLaw = Callable[[Tensor], Tensor]
-"""Prompts and what follows them [M, length] -> log-probs of the next token [M, V], float64."""
-
-
-def make_model(folder: Path, *, seed: int, hidden_size: int, tied: bool, scale: float) -> Qwen3ForCausalLM:
-    """Save a random model in float32 and return it in float64."""
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=128,
-            tie_word_embeddings=tied, initializer_range=scale, pad_token_id=0, bos_token_id=1, eos_token_id=STOP,
-        )
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    return model.double().eval()
-
-
-def law_of(model: Qwen3ForCausalLM, temperature: float = 1.0) -> NextLaw:
-    @torch.no_grad()
-    def next_law(ids: Tensor) -> Tensor:
-        return torch.log_softmax(model(ids).logits[:, -1] / temperature, dim=-1)
-
-    return next_law
-
-
-def blend_of(student: NextLaw, teacher: NextLaw, epsilon: float) -> NextLaw:
-    return lambda ids: blend(student(ids), teacher(ids), epsilon).logprobs
-
-
-@torch.no_grad()
-def laws_along(model: Qwen3ForCausalLM, prompt: Sequence[int], completion: np.ndarray) -> Tensor:
-    """The law at each of the T positions, [T, V]."""
-    ids = torch.tensor([[*prompt, *completion.tolist()]])
-    return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
-
-
-def probabilities_of_sequences(next_law: NextLaw) -> dict[tuple[int, ...], float]:
-    """Every sequence of up to NUM_TOKENS tokens that ends there or with the stop token, with its probability."""
-    finished: dict[tuple[int, ...], float] = {}
-    open_sequences: dict[tuple[int, ...], float] = {(): 1.0}
-    while open_sequences:
-        laws = next_law(torch.tensor([[*PROMPT, *sequence] for sequence in open_sequences])).exp().tolist()
-        grown: dict[tuple[int, ...], float] = {}
-        for (sequence, probability), law in zip(open_sequences.items(), laws, strict=True):
-            for token, share in enumerate(law):
-                longer = (*sequence, token)
-                ends = token == STOP or len(longer) == NUM_TOKENS
-                (finished if ends else grown)[longer] = probability * share
-        open_sequences = grown
-    return finished
-
-
-def surprise(sequences: Sequence[tuple[int, ...]], next_law: NextLaw) -> float:
-    """Pearson's chi-square of the counts against the law, as a standard normal (Wilson and Hilferty).
-
-    Sequences expected fewer than 10 times are counted together.
-    """
-    counts, law = Counter(sequences), probabilities_of_sequences(next_law)
-    assert math.isclose(sum(law.values()), 1.0, abs_tol=1e-9)
-    assert set(counts) <= set(law)
-    total = len(sequences)
-    often = {s: total * p for s, p in law.items() if total * p >= 10}
-    seen = [counts[s] for s in often] + [total - sum(counts[s] for s in often)]
-    expected = [*often.values(), total - sum(often.values())]
-    statistic = sum((n - e) ** 2 / e for n, e in zip(seen, expected, strict=True))
-    freedom = len(expected) - 1
-    assert freedom > 30, "too few sequences are frequent enough to tell laws apart"
-    return (((statistic / freedom) ** (1 / 3)) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+NUM_SAMPLES = 10000
 
 
 def as_tuples(generations: Sequence[Generation] | Sequence[BlendedGeneration]) -> list[tuple[int, ...]]:

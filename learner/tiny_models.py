@@ -4,7 +4,6 @@ Each is an ordinary Hugging Face folder (weights, configuration, a character tok
 """
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -12,17 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from rewards import addition, countdown
 from rewards.problem import Problem, is_held_out
 
-_PROBLEMS: dict[str, Callable[[random.Random], Problem]] = {
-    "addition": addition.make_problem,
-    "countdown": countdown.make_problem,
-}
+_TASKS: dict[str, ModuleType] = {"addition": addition, "countdown": countdown}
 
 CHARACTERS = "0123456789+-*/=() ,;:#>?.|abcdefghijklmnopqrstuvwxyzRLUDSG\n"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -50,8 +47,10 @@ TINY_MODELS = {
 def tiny_folder(name: str) -> Path:
     """Return where the named model is kept, made or not: under TUTELAGE_CACHE, or the user's cache folder."""
     cache = Path(os.environ.get("TUTELAGE_CACHE") or Path.home() / ".cache" / "tutelage")
-    recipe = json.dumps([asdict(TINY_MODELS[name]), CHARACTERS, SPECIAL_TOKENS]).encode()
-    return cache / "tiny" / f"{name}-{hashlib.sha256(recipe).hexdigest()[:8]}"
+    # The model follows from the code that makes it and its problems, so it is made anew when either changes.
+    sources = [Path(__file__), Path(str(_TASKS[TINY_MODELS[name].task].__file__))]
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    return cache / "tiny" / f"{name}-{key}"
 
 
 def make_tiny_models(names: Iterable[str]) -> None:
@@ -184,7 +183,7 @@ def _batch(
     texts: list[list[int]] = []
     prompts: list[int] = []
     while len(texts) < size:
-        problem = _PROBLEMS[task](rng)
+        problem: Problem = _TASKS[task].make_problem(rng)
         if not is_held_out(problem.prompt):
             prompts.append(1 + len(problem.prompt))
             texts.append([bos, *(vocabulary[c] for c in problem.prompt + problem.solution), eos])

@@ -34,6 +34,7 @@ _REQUIREMENTS = {
 # A recipe's aliases can make a small file a huge value, so only the beginning of a value is ever printed.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
 
 
 def sentences(error: ValidationError, root: type[BaseModel]) -> list[str]:

@@ -111,6 +111,7 @@ class FilePrompts:
         self._rows = read_prompts("data.path", section.path, section)
         held_out = section.held_out_path
         self._held_out = read_prompts("data.held_out_path", held_out, section) if held_out is not None else []
+        self._epoch, self._rows_in_order = -1, list[int]()
 
     def training(self, start: int, count: int) -> list[PromptText]:
         """Return the training prompts with those indices; the file begins anew when it is used up."""
@@ -137,10 +138,12 @@ class FilePrompts:
         )
 
     def _order(self, epoch: int) -> Sequence[int]:
-        order = list(range(len(self._rows)))
-        if self._section.shuffle:
-            random.Random(f"{self._seed}/order/{epoch}").shuffle(order)
-        return order
+        """The rows of an epoch; the last epoch's are kept, since one after the other is asked for."""
+        if epoch != self._epoch:
+            self._epoch, self._rows_in_order = epoch, list(range(len(self._rows)))
+            if self._section.shuffle:
+                random.Random(f"{self._seed}/order/{epoch}").shuffle(self._rows_in_order)
+        return self._rows_in_order
 
 
 def read_prompts(setting: str, path: str, section: FileData) -> list[PromptText]:
@@ -155,7 +158,8 @@ def read_prompts(setting: str, path: str, section: FileData) -> list[PromptText]
     try:
         rows = list(_parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file))
     except OSError as error:
-        raise UserError(f"{setting} must be a readable file, got {path!r}: {error.strerror or error}") from None
+        came = (error.strerror or str(error)).splitlines()[0]
+        raise UserError(f"{setting} must be a readable file, got {path!r}: {came}") from None
     if not rows:
         raise UserError(f"{setting} must hold at least one prompt, got none in {path!r}")
     prompts: dict[str, PromptText] = {}
@@ -165,7 +169,7 @@ def read_prompts(setting: str, path: str, section: FileData) -> list[PromptText]
         first = prompts.setdefault(prompt.prompt_id, prompt)
         if first is not prompt:
             raise UserError(f"{where}: `id` must differ from every other, got {shown(prompt.prompt_id)}, as in "
-                            f"{first.source}; without `id` a prompt's is its number in the file")  # fmt: skip
+                            f"{first.source}; without `id` a prompt's is its number, from 0")  # fmt: skip
     return list(prompts.values())
 
 

@@ -3,11 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from learner.group import LearnerGroup
 from orchestrator.config import CheckpointsSection
 from orchestrator.errors import UserError
 from orchestrator.run_folder import RunFolder, write_failed
+
+if TYPE_CHECKING:  # so that a run without a checkpoint is refused before Ray and torch are loaded
+    from learner.group import LearnerGroup
 
 
 class Checkpoints:
@@ -18,7 +21,7 @@ class Checkpoints:
     folder.
     """
 
-    def __init__(self, folder: RunFolder, section: CheckpointsSection, learner: LearnerGroup) -> None:
+    def __init__(self, folder: RunFolder, section: CheckpointsSection, learner: "LearnerGroup") -> None:
         self._folder, self._section, self._learner = folder, section, learner
 
     def save_if_due(self, num_steps: int) -> None:

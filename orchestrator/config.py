@@ -29,7 +29,7 @@ class FileData(Section):
     type: Literal["file"] = "file"
     """Which prompts."""
     path: str
-    """The training prompts (.jsonl or .parquet), relative to the folder the command is run in."""
+    """The training prompts (.jsonl or .parquet): looked for where the command is run, then beside the recipe."""
     held_out_path: str | None = None
     """The prompts of the evaluation; without them nothing is evaluated."""
     task: Literal["addition", "countdown", "math"]

@@ -1,10 +1,12 @@
 """Where a recipe's models come from, and what can be said of them without loading them."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from actors.config import RolloutsSection
 from learner.tiny_models import TINY_MODELS, make_tiny_models, tiny_folder
 from orchestrator.errors import RunError, UserError
 from orchestrator.faults import did_you_mean
@@ -24,6 +26,9 @@ def check_models(recipe: Recipe) -> list[str]:
     if recipe.teachers is not None:
         lines.append(f"teachers.model: {check_model('teachers.model', recipe.teachers.model)}")
         _check_same_vocabulary(recipe)
+    for pool in (recipe.students, recipe.teachers):
+        if recipe.engine.type == "vllm" and pool is not None:
+            _check_length(pool.model, recipe.rollouts)
     folder, stop_token = _local_folder(recipe.students.model), recipe.rollouts.stop_token
     if folder is not None and stop_token is not None and stop_token not in _vocabulary(folder):
         raise UserError(f"rollouts.stop_token must be a token of {recipe.students.model!r}, got {stop_token!r}")
@@ -31,11 +36,20 @@ def check_models(recipe: Recipe) -> list[str]:
 
 
 def make_models(*models: str) -> None:
-    """Make those of the models that are tiny ones and not made yet, side by side.
+    """Make those of the models that are tiny ones and not made yet, side by side; look for those on the Hub.
 
     Raises:
+        UserError: if the Hub does not have or give one, or cannot be asked.
         RunError: if one could not be made.
     """
+    for name in (model.removeprefix("hub:") for model in models if model.startswith("hub:")):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(name, "config.json")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"hub:{name} must be a model that the Hugging Face Hub gives, got: {reason}") from None
     try:
         make_tiny_models(model.removeprefix("tiny:") for model in models if model.startswith("tiny:"))
     except (RuntimeError, OSError) as error:
@@ -65,7 +79,7 @@ def check_model(setting: str, model: str) -> str:
             raise UserError(f"{setting} must be hub:OWNER/NAME for a model on the Hugging Face Hub, got {model!r}")
         return f"{model.removeprefix('hub:')} on the Hugging Face Hub, looked for when the run starts"
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also False for what can be no path at all
         raise UserError(
             f"{setting} must be an existing Hugging Face folder, got {model!r}; "
             "for a model on the Hub write hub:NAME, for a built-in small one tiny:NAME"
@@ -93,6 +107,20 @@ def _check_same_vocabulary(recipe: Recipe) -> None:
     configs = [_read_json(folder / "config.json") for folder in (ours, theirs)]
     for key in keys:
         compare_settings(key, configs[0].get(key), configs[1].get(key), recipe)
+
+
+def _check_length(model: str, rollouts: RolloutsSection) -> None:
+    """The vLLM engine refuses sequences longer than a model has positions for, unless they are scaled."""
+    folder = _local_folder(model)
+    config = _read_json(folder / "config.json") if folder is not None else {}
+    limit, scaling = config.get("max_position_embeddings"), config.get("rope_parameters") or config.get("rope_scaling")
+    is_scaled = isinstance(scaling, dict) and scaling.get("rope_type", "default") != "default"
+    longest = rollouts.max_prompt_tokens + rollouts.max_new_tokens
+    if isinstance(limit, int) and not is_scaled and longest > limit:
+        raise UserError(
+            f"rollouts.max_prompt_tokens + rollouts.max_new_tokens must be at most {limit}, the positions of "
+            f"{model!r}, for engine vllm; got {longest}"
+        )
 
 
 def compare_vocabularies(ours: dict[str, int], theirs: dict[str, int], recipe: Recipe) -> None:

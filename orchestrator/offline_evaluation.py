@@ -1,6 +1,7 @@
 """`tutelage eval`: pass@k of one checkpoint, in this process, without a cluster."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,6 @@ from orchestrator.prompts import PromptText, build_source, read_prompts
 from rewards.config import GradersSection
 from rewards.grade import Grade
 from rewards.graders import Graders, require_task
-
-_MAX_PROMPT_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +51,10 @@ def print_evaluation(request: EvaluationRequest) -> None:
     check_model("CHECKPOINT", request.checkpoint)
     make_models(request.checkpoint)
     # Threads and engine settings are read when torch and vLLM are first imported, which is below.
-    os.environ.update(_spec(request, stop_token_id=0).environment)
+    os.environ.update(_spec(request, stop_token_id=0, max_prompt_tokens=1).environment)
     from orchestrator.tokenization import PromptEncoder
 
-    encoder = PromptEncoder(
-        request.checkpoint, stop_token=None, max_prompt_tokens=_MAX_PROMPT_TOKENS, setting="CHECKPOINT"
-    )
+    encoder = PromptEncoder(request.checkpoint, stop_token=None, max_prompt_tokens=sys.maxsize, setting="CHECKPOINT")
     prompts = encoder.encode(held_out)
     texts = _sample(request, prompts, encoder.stop_token_id)
     graders = Graders(GradersSection())
@@ -71,9 +68,13 @@ def print_evaluation(request: EvaluationRequest) -> None:
 
 def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id: int) -> list[list[str]]:
     """Return the texts of each prompt's samples."""
+    from transformers.utils import logging
+
     from actors.tokenizer import load_tokenizer
 
-    spec = _spec(request, stop_token_id=stop_token_id)
+    logging.disable_progress_bar()
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    spec = _spec(request, stop_token_id=stop_token_id, max_prompt_tokens=longest)
     engine = build_engine(spec)
     try:
         generations = engine.generate(
@@ -95,7 +96,7 @@ def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id
     return [texts[i : i + request.num_samples] for i in range(0, len(texts), request.num_samples)]
 
 
-def _spec(request: EvaluationRequest, *, stop_token_id: int) -> EngineSpec:
+def _spec(request: EvaluationRequest, *, stop_token_id: int, max_prompt_tokens: int) -> EngineSpec:
     section = VllmEngineSection() if request.engine == "vllm" else TorchEngineSection()
     return EngineSpec(
         section=section,
@@ -104,8 +105,8 @@ def _spec(request: EvaluationRequest, *, stop_token_id: int) -> EngineSpec:
         stop_token_id=stop_token_id,
         support_size=0,
         temperature=1.0,
-        max_model_len=_MAX_PROMPT_TOKENS + request.max_new_tokens,
-        on_gpu=request.device.startswith("cuda"),
+        max_model_len=max_prompt_tokens + request.max_new_tokens,
+        on_gpu=request.device == "cuda",
     )
 
 
@@ -148,15 +149,17 @@ def _summary(prompts: Sequence[Prompt], grades: Sequence[Grade]) -> pa.RecordBat
 
 
 def _print(request: EvaluationRequest, evaluation: Evaluation) -> None:
-    table = Table(
-        title=f"{request.checkpoint} on {request.task}: {evaluation.num_prompts} held-out prompts x "
-        f"{evaluation.num_samples} samples, mean ± standard error",
-        title_justify="left",
-    )
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     for name, estimate in evaluation.estimates.items():
         table.add_row(name, str(estimate))
     for status, count in evaluation.statuses.items():
         table.add_row(status, str(count))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{request.checkpoint} on {request.task}: {evaluation.num_prompts} held-out prompts x "
+        f"{evaluation.num_samples} samples, mean ± standard error",
+        markup=False,
+    )
+    console.print(table)

@@ -1,5 +1,6 @@
 """The recipe: one YAML file, read once, refused whole if anything in it is wrong, written back resolved as JSON."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -151,6 +152,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if data is None:
         raise UserError(f"{path}: a recipe must hold settings, got an empty file")
     if isinstance(data, dict):
+        _find_files(data.get("data"), path.parent)
         for override in overrides:
             _apply(data, override)
     return recipe_from(data, str(path))
@@ -166,6 +168,14 @@ def recipe_from(data: Any, source: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {sentence}" for sentence in sentences(error, Recipe))) from None
+
+
+def _find_files(section: Any, folder: Path) -> None:
+    """Take a prompt file that is not in the folder the command is run in from beside the recipe, if it is there."""
+    for key in ("path", "held_out_path"):
+        given = section.get(key) if isinstance(section, dict) else None
+        if isinstance(given, str) and not os.path.exists(given) and os.path.exists(folder / given):
+            section[key] = str(folder / given)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -61,14 +61,14 @@ def eventually(attempt: Any, seconds: float) -> Any:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    gcs, dashboard, metrics, client = free_ports(4)
+    gcs, dashboard, agent, metrics, client = free_ports(5)
     # Unix socket paths are limited to about 107 characters, so the folder's name is short.
     temp = Path(f"/tmp/tc{os.getpid()}")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PATH": f"{BIN}:{environment['PATH']}", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [
-            str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
+            str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--num-cpus=4",
             f"--temp-dir={temp}", "--disable-usage-stats", f"--object-store-memory={512 * 2**20}",
         ],
@@ -92,15 +92,18 @@ def test_a_submitted_job_runs_with_named_actors_and_metrics_on_the_metrics_port(
             [str(BIN / "ray"), "job", verb, f"--address={head.dashboard}", *arguments],
             cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        if done.returncode:
+            raise OSError(done.stdout + done.stderr)
         return done.stdout
 
-    job(
+    submit = (
         "submit", "--working-dir", ".", "--no-wait", f"--submission-id={submission}", "--",
         "tutelage", "train", "deploy/recipes/quickstart.yaml", f"training.folder={tmp_path}", "students.num_actors=2",
         "students.num_cpus=0.25", "training.num_steps=100", "blending.warmup_steps=20", "evaluation.num_prompts=0",
         "rollouts.prompts_per_step=16", "learner.micro_batch_size=16",
     )  # fmt: skip
+    # The dashboard answers before the node's agent can take jobs.
+    assert eventually(lambda: job(*submit), 60)
 
     def alive() -> set[str]:
         answer = json.loads(get(f"{head.dashboard}/api/v0/actors?detail=1&limit=1000"))

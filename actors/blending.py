@@ -10,6 +10,8 @@ the budget holds exactly for every K; with K = V it is the full blend. A tail ou
 student's spare draw.
 """
 
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +156,7 @@ class BlendingService:
         torch.set_num_threads(threads)
         self._name, self._seed, self._stop = name, seed, stop_token_id
         self._tokenizer = load_tokenizer(model)
+        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def __repr__(self) -> str:
         return self._name
@@ -172,7 +175,23 @@ class BlendingService:
         max_new_tokens: int,
         draft_length: int,
     ) -> pa.RecordBatch:
-        """Sample every request to its end from mu, and return complete rollouts with the teacher's scores."""
+        """Sample every request to its end from mu, and return complete rollouts with the teacher's scores.
+
+        Rollouts of one student take turns, so that its weights stay what they are while it drafts.
+        """
+        with self._turns[repr(student)]:
+            return self._rollout(requests, student, teacher, weights, epsilon, max_new_tokens, draft_length)
+
+    def _rollout(
+        self,
+        requests: pa.RecordBatch,
+        student: Any,
+        teacher: Any,
+        weights: PolicyWeights,
+        epsilon: float,
+        max_new_tokens: int,
+        draft_length: int,
+    ) -> pa.RecordBatch:
         (student_handles, version), teacher_handles = ray.get(
             [student.open.remote(requests, weights, max_new_tokens), teacher.open.remote(requests, max_new_tokens)]
         )
@@ -186,9 +205,9 @@ class BlendingService:
         try:
             while active:
                 active = self._advance(active, student, teacher, epsilon, max_new_tokens, draft_length)
-        finally:
-            student.close.remote([row.student for row in active])
-            teacher.close.remote([row.teacher for row in active])
+        except BaseException:
+            teacher.close.remote([row.teacher for row in rows])
+            raise
         return self._rollouts(rows, epsilon, version)
 
     def _advance(

@@ -35,6 +35,8 @@ class SampleJob:
     weights: PolicyWeights
     epsilon: float
     max_new_tokens: int
+    least_shards: int = 1
+    """How many parts whoever works on the rollouts afterwards would like."""
 
     def split(self, count: int) -> list["SampleJob"]:
         """Return at most `count` jobs of neighbouring prompts, as even as can be; groups stay whole."""
@@ -106,7 +108,8 @@ class PlainSampler:
         """Each student samples a shard, a teacher scores it when it is done."""
         assert self.students is not None
         refs = []
-        for i, shard in enumerate(job.shards(len(self.students))):
+        count = max(len(self.students), len(self.teachers or ()), job.least_shards)
+        for i, shard in enumerate(job.shards(count)):
             rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens)
             refs.append(rollouts if self.teachers is None else self.teachers[i].score_rollouts.remote(rollouts))
         return refs
@@ -153,12 +156,14 @@ class TrustRegionSampler:
         assert self.blenders is not None
         assert students is not None
         assert teachers is not None
+        count = max(len(students), len(teachers), len(self.blenders), job.least_shards)
         return [
-            self.blenders[i].rollout.remote(
+            # A student keeps its blender, where its rollouts take turns.
+            self.blenders[i % len(students)].rollout.remote(
                 shard, students[i], teachers[i], job.weights, job.epsilon, job.max_new_tokens,
                 self._section.draft_length,
             )
-            for i, shard in enumerate(job.shards(len(students)))
+            for i, shard in enumerate(job.shards(count))
         ]  # fmt: skip
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
@@ -196,7 +201,7 @@ class OneEngineSampler:
         assert self._engines is not None
         return [
             self._engines[i].sample.remote(shard, job.weights, job.epsilon, job.max_new_tokens)
-            for i, shard in enumerate(job.shards(len(self._engines)))
+            for i, shard in enumerate(job.shards(max(len(self._engines), job.least_shards)))
         ]
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
@@ -235,7 +240,9 @@ class AnnealedSampler:
         return refs
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
-        """Ask whichever sampler is in charge."""
+        """Ask whichever sampler is in charge, when it has nothing else to do: the weights may be other ones."""
+        if self._in_flight:
+            ray.wait(self._in_flight, num_returns=len(self._in_flight))
         return (self._blended or self._plain).sample_student(job)
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ class StudentActor:
 
     def __init__(self, name: str, spec: EngineSpec) -> None:
         self._name, self._spec = name, spec
+        self._open: list[int] = []
 
     def __repr__(self) -> str:
         return self._name
@@ -83,10 +84,15 @@ class StudentActor:
         )
 
     def open(self, requests: pa.RecordBatch, weights: PolicyWeights, max_new_tokens: int) -> tuple[list[int], int]:
-        """Admit sequences; return their handles and the policy version that will draft them."""
+        """Admit the sequences of one rollout; return their handles and the policy version that will draft them.
+
+        A student serves one rollout at a time, so that its weights never change under one: what is still open was
+        abandoned, and is forgotten.
+        """
+        self._sequences.close(self._open)
         self._refresh(weights)
-        handles = self._sequences.open(sequence_requests(requests_from_arrow(requests), max_new_tokens))
-        return handles, self._engine.policy_version
+        self._open = self._sequences.open(sequence_requests(requests_from_arrow(requests), max_new_tokens))
+        return self._open, self._engine.policy_version
 
     def draft(self, sequences: Sequence[int], num_tokens: int) -> pa.RecordBatch:
         """Return a `Draft` of that many tokens for each sequence."""

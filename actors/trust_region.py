@@ -138,7 +138,8 @@ def verify_draft(
     mu = blend(student_logprobs, teacher_logprobs, epsilon)
 
     ids = draft_ids.long()[..., None]
-    ratio = (mu.logprobs.gather(-1, ids).double() - student_logprobs.gather(-1, ids).double())[..., 0].exp()
+    student = torch.log_softmax(student_logprobs.double(), dim=-1)  # as `blend` takes it
+    ratio = (mu.logprobs.double() - student).gather(-1, ids)[..., 0].exp()
     accept_uniforms = uniforms[..., 0].to(ratio)
     refused = (accept_uniforms >= ratio) & (ratio < 1)
     positions = torch.arange(length, device=draft_ids.device)
@@ -150,8 +151,7 @@ def verify_draft(
     first_refused = num_accepted.clamp(max=length - 1)
     rows = torch.arange(batch, device=draft_ids.device)
     mu_rows = mu.logprobs[rows, first_refused].double()
-    student_rows = torch.log_softmax(student_logprobs[rows, first_refused].double(), dim=-1)
-    residual = (mu_rows.exp() - student_rows.exp()).clamp(min=0)
+    residual = (mu_rows.exp() - student[rows, first_refused].exp()).clamp(min=0)
     # A refusal with no residual can only be rounding: mu and the student are then the same law.
     residual_logprobs = torch.where(residual.sum(-1, keepdim=True) > 0, residual.log(), mu_rows)
     redrawn = sample_from_logprobs(residual_logprobs, uniforms[rows, first_refused, 1])

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from actors.tokenizer import load_tokenizer
 from learner.config import LearnerSection
 from learner.errors import NonFiniteLossError
 from learner.learning_rate import learning_rate_factor
@@ -204,15 +205,18 @@ class DeepSpeedEngine:
         return client_state
 
     def save_hf(self, folder: str, tokenizer_source: str) -> None:
-        """Write the weights as a Hugging Face folder, with the tokenizer's files copied from another folder."""
+        """Write the weights as a Hugging Face folder, with the tokenizer of another folder or of a model on the Hub."""
         weights: dict[str, Tensor] = {}
         for bucket in self.gathered_weights(bucket_bytes=2**30):
             weights |= {name: tensor.cpu().clone() for name, tensor in bucket}
         if self._rank == 0:
             self._model.save_pretrained(folder, state_dict=weights)
-            for pattern in _TOKENIZER_FILES:
-                for file in Path(tokenizer_source).glob(pattern):
-                    shutil.copy(file, folder)
+            if Path(tokenizer_source).is_dir():
+                for pattern in _TOKENIZER_FILES:
+                    for file in Path(tokenizer_source).glob(pattern):
+                        shutil.copy(file, folder)
+            else:
+                load_tokenizer(tokenizer_source).save_pretrained(folder)
         torch.distributed.barrier()
 
     def _shape(self) -> dict[str, Any]:

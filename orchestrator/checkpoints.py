@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.config import CheckpointsSection
-from orchestrator.errors import UserError
+from orchestrator.errors import RunError, UserError
 from orchestrator.run_folder import RunFolder, write_failed
 
 if TYPE_CHECKING:  # so that a run without a checkpoint is refused before Ray and torch are loaded
-    from learner.group import LearnerGroup
+    from learner.errors import LearnerError
+from learner.group import LearnerGroup
 
 
 class Checkpoints:
@@ -44,10 +45,18 @@ class Checkpoints:
             draft.mkdir()
             self._learner.save(str((draft / "learner").absolute()), {"num_steps": num_steps})
             self._learner.save_hf(str((draft / "model").absolute()))
+            if not all((draft / made).is_file() for made in ("model/config.json", "learner/learner.json")):
+                raise RunError(
+                    f"{target} could not be written: the learner's ranks wrote it on another machine; "
+                    "training.folder must be on a file system that all nodes mount"
+                )
             (draft / "state.json").write_text(json.dumps({"num_steps": num_steps}) + "\n", encoding="utf-8")
             draft.rename(target)
         except OSError as error:
             raise write_failed(target, error) from None
+        except LearnerError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise RunError(f"{target} could not be written: {error}") from None
         for old in _complete(self._folder.checkpoints)[: -self._section.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return target

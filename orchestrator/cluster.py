@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,9 @@ def _check_reachable(setting: str, address: str) -> None:
 
 def needs(recipe: Recipe) -> list[Need]:
     """Return what the recipe's actors reserve together, the queue aside, which reserves nothing."""
-    pools = [("students", recipe.students), ("teachers", recipe.teachers), ("blending", recipe.blending)]
+    # In a vLLM engine the blending happens in the engine's worker.
+    blending = recipe.blending if recipe.engine.type == "torch" else None
+    pools = [("students", recipe.students), ("teachers", recipe.teachers), ("blending", blending)]
     found = [
         Need(setting=name, num_actors=pool.num_actors, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
         for name, pool in pools
@@ -113,9 +115,17 @@ def check_room(recipe: Recipe) -> None:
     Raises:
         UserError: with what is needed, what the cluster has, and which numbers to lower.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit(needs(recipe), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def fit(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Place actors on nodes, the largest first; `nodes` has the resources of each, as Ray names them.
+
+    Raises:
+        UserError: if one finds no room.
+    """
     for kind, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        asked = {need.setting: need.num_actors * float(getattr(need, kind)) for need in needs(recipe)}
+        asked = {need.setting: need.num_actors * float(getattr(need, kind)) for need in needs}
         total = sum(float(node.get(name, 0.0)) for node in nodes)
         if sum(asked.values()) > total + _ROUNDING:
             parts = " + ".join(f"{setting} {amount:g}" for setting, amount in asked.items() if amount)
@@ -124,7 +134,7 @@ def check_room(recipe: Recipe) -> None:
                 f"the cluster has {total:g}; lower num_actors or {kind} in those sections"
             )
     free = [[float(node.get("CPU", 0.0)), float(node.get("GPU", 0.0))] for node in nodes]
-    for need in sorted(needs(recipe), key=lambda need: (need.num_gpus, need.num_cpus), reverse=True):
+    for need in sorted(needs, key=lambda need: (need.num_gpus, need.num_cpus), reverse=True):
         for index in range(need.num_actors):
             _place(need, index, free)
 

@@ -1,5 +1,6 @@
 """pass@k and the distance to the teacher on held-out prompts, with standard errors over prompts."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,13 +44,14 @@ class Evaluation:
             flat |= {key: estimate.mean, f"{key}_standard_error": estimate.standard_error}
         return flat | {f"evaluation/status/{status}": float(count) for status, count in self.statuses.items()}
 
-    def earlier(self, metrics: Mapping[str, float]) -> dict[str, Estimate]:
-        """Return the estimates of another evaluation of the same run from its metrics."""
+    def earlier(self, metrics: Mapping[str, float | None]) -> dict[str, Estimate]:
+        """Return the estimates of another evaluation of the same run from its metrics, as they were written."""
         keys = {name: _key(name) for name in self.estimates}
         return {
-            name: Estimate(mean=metrics[key], standard_error=metrics[f"{key}_standard_error"])
+            name: Estimate(mean=mean, standard_error=math.nan if error is None else error)
             for name, key in keys.items()
-            if key in metrics
+            if (mean := metrics.get(key)) is not None
+            for error in [metrics.get(f"{key}_standard_error")]
         }
 
 

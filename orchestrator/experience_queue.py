@@ -10,15 +10,17 @@ Nothing waits in `request`; `take` waits for batch i. The caller requests batch 
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from actors.config import BlendingSection, ModelPoolSection
 from actors.engines.build import EngineSpec
+from actors.engines.errors import LostSequenceError
 from actors.pools import Pool
 from actors.sampling import (
     AnnealedSampler,
@@ -30,6 +32,7 @@ from actors.sampling import (
     TrustRegionSampler,
 )
 from actors.weights import PolicyWeights
+from orchestrator.failures import root_cause
 from orchestrator.models import model_location
 from orchestrator.prompts import build_source
 from orchestrator.recipe import Recipe
@@ -38,6 +41,8 @@ from rewards.grader_actor import GraderActor
 
 _ATTEMPTS = 4
 _RETRY_S = 1.0
+_LOST = (RayActorError, ObjectLostError, OutOfMemoryError, LostSequenceError)
+"""What comes of an actor that died on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +118,10 @@ class ExperienceQueue:
             weights=weights,
             epsilon=epsilon,
             max_new_tokens=rollouts.max_new_tokens,
+            least_shards=self._recipe.graders.num_actors,
         )
-        held = max(self._batches, default=index) - min(self._batches, default=index) + 1
-        assert held <= rollouts.max_staleness + 1, f"the queue holds {held} batches"
+        oldest = min(self._batches, default=index)
+        assert index - oldest <= rollouts.max_staleness, f"batch {index} is requested while {oldest} is not taken"
         self._batches[index] = (time.monotonic(), self._send(job, self._sampler.sample))
 
     def take(self, index: int) -> Experience:
@@ -140,7 +146,8 @@ class ExperienceQueue:
         """End samplers and graders."""
         self._sampler.close()
         if self._graders is not None:
-            ray.get([grader.close.remote() for grader in self._graders.actors])
+            with suppress(RayError):  # a grader that is dead has no workers left to end
+                ray.get([grader.close.remote() for grader in self._graders.actors], timeout=10)
             self._graders.close()
 
     def _send(self, job: SampleJob, sample: Any) -> list[_Shard]:
@@ -166,8 +173,9 @@ class ExperienceQueue:
         """Wait for a shard; sample it again where an actor died on the way. The draws are the same again."""
         try:
             return [(shard, ray.get(shard.summary))]
-        except (RayActorError, ObjectLostError):
-            if shard.num_retries + 1 >= _ATTEMPTS:
+        except Exception as error:
+            lost = isinstance(error, _LOST) or isinstance(root_cause(error), _LOST)
+            if not lost or shard.num_retries + 1 >= _ATTEMPTS:
                 raise
             time.sleep(_RETRY_S)
             again = self._send(shard.job, sample)

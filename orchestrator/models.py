@@ -65,6 +65,17 @@ def model_location(model: str) -> str:
     return str(Path(model).absolute())
 
 
+def located(recipe: Recipe) -> Recipe:
+    """Return the recipe with its models named by what `from_pretrained` takes, for processes with another home."""
+    pools = {"students": recipe.students, "teachers": recipe.teachers}
+    update = {
+        name: pool.model_copy(update={"model": model_location(pool.model)})
+        for name, pool in pools.items()
+        if pool is not None and not pool.model.startswith("hub:")
+    }
+    return recipe.model_copy(update=update)
+
+
 def check_model(setting: str, model: str) -> str:
     """Check one model and return a line on it; `setting` is how an error names it."""
     if model.startswith("tiny:"):

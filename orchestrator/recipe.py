@@ -152,9 +152,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if data is None:
         raise UserError(f"{path}: a recipe must hold settings, got an empty file")
     if isinstance(data, dict):
-        _find_files(data.get("data"), path.parent)
         for override in overrides:
             _apply(data, override)
+        _find_files(data.get("data"), path.parent)
     return recipe_from(data, str(path))
 
 
@@ -171,11 +171,12 @@ def recipe_from(data: Any, source: str) -> Recipe:
 
 
 def _find_files(section: Any, folder: Path) -> None:
-    """Take a prompt file that is not in the folder the command is run in from beside the recipe, if it is there."""
+    """Name prompt files by their whole path, looked for where the command is run and then beside the recipe."""
     for key in ("path", "held_out_path"):
         given = section.get(key) if isinstance(section, dict) else None
-        if isinstance(given, str) and not os.path.exists(given) and os.path.exists(folder / given):
-            section[key] = str(folder / given)
+        if isinstance(given, str):
+            found = next((file for file in (given, str(folder / given)) if os.path.exists(file)), given)
+            section[key] = os.path.abspath(found) if os.path.exists(found) else given
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

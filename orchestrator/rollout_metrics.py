@@ -28,12 +28,12 @@ def rollout_metrics(shards: Sequence[pa.RecordBatch], step: int, epsilon: float)
         "rollout/length": float(tokens.mean()),
         "rollout/truncated": float(np.mean([reason == "length" for reason in table["finish_reason"].to_pylist()])),
         "rollout/staleness": float(step - versions.min()),
-        "blend/epsilon": epsilon,
     }
     beta = _flat(table, "beta")
     if len(beta):
         divergence = _flat(table, "divergence")
         metrics |= {
+            "blend/epsilon": epsilon,
             "blend/beta": float(beta.mean(dtype=np.float64)),
             "blend/divergence": float(divergence.mean(dtype=np.float64)),
             "blend/accepted": float(_flat(table, "accepted").mean()),

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.weights import PolicyWeights
 from learner.batcher import Batcher, TrainBatch
@@ -18,7 +19,7 @@ from orchestrator.cluster import check_room, connected
 from orchestrator.evaluation import Evaluation, evaluate
 from orchestrator.experience_queue import Experience, ExperienceQueue
 from orchestrator.interruption import Interruption
-from orchestrator.models import check_models, make_models, model_location
+from orchestrator.models import check_models, located, make_models, model_location
 from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
 from orchestrator.rollout_metrics import rollout_metrics
@@ -54,7 +55,8 @@ class Queue:
 
     def close(self) -> None:
         """End the queue and all its actors."""
-        ray.get(self._actor.close.remote(), timeout=30)
+        with suppress(RayError):  # an actor that is busy or dead is ended all the same, and its own with it
+            ray.get(self._actor.close.remote(), timeout=10)
         ray.kill(self._actor)
 
 
@@ -121,7 +123,7 @@ class Run:
             temperature=recipe.rollouts.temperature,
         )
         self._closing.callback(self.learner.close)
-        self.queue = Queue(recipe)
+        self.queue = Queue(located(recipe))
         self._closing.callback(self.queue.close)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoints, self.learner)
         self.first_step = self.checkpoints.load_latest() if resume else 0
@@ -130,16 +132,16 @@ class Run:
         self._requested = self.first_step
         self.budget = build_schedule(recipe)
         self._batcher = Batcher(objective=recipe.learner.objective)
-        self.sinks = Sinks(self.folder, self.folder.path.name)
+        self.sinks = Sinks(self.folder, self.folder.path.name, self.first_step)
         self._closing.callback(self.sinks.close)
         self.evaluator = Evaluator(recipe, self.queue, self.sinks, self.progress)
-        self._last_record = time.monotonic()
         self._changeover_told = resume and self.budget(self.first_step) == 0
         self.progress.say(f"actors ready in {time.monotonic() - began:.0f} s")
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to be taken, until the last or until the run is told to stop."""
         while self._steps_taken < self.recipe.training.num_steps and not self._stop.requested:
+            self._step_began = time.monotonic()
             yield self._steps_taken
             self._steps_taken += 1
 
@@ -164,8 +166,7 @@ class Run:
         """Write down a step: rollouts, metrics, progress."""
         shards = ray.get(list(experience.shards))
         self.folder.write_rollouts(step, shards)
-        now = time.monotonic()
-        step_s, self._last_record = now - self._last_record, now
+        step_s = time.monotonic() - self._step_began
         metrics = {
             **grades,
             **rollout_metrics(shards, step, self.budget(step)),
@@ -179,7 +180,7 @@ class Run:
             "time/sampling_s": experience.sampling_s,
             "time/tokens_per_s": report.num_tokens / step_s,
         }
-        if experience.changeover_s is not None and not self._changeover_told:
+        if experience.changeover_s is not None and self.budget(step) == 0 and not self._changeover_told:
             self._changeover_told = True
             metrics["time/changeover_s"] = experience.changeover_s
             self.progress.say(

@@ -131,7 +131,12 @@ class RunFolder:
         for file, last in ((self.metrics, step - 1), (self.evaluations, step)):
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
-                file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                draft = file.with_suffix(".tmp")
+                try:
+                    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                    draft.replace(file)
+                except OSError as error:
+                    raise write_failed(file, error) from None
 
 
 def write_failed(file: Path, error: OSError) -> RunError:

@@ -14,9 +14,10 @@ from orchestrator.run_folder import RunFolder
 class Sinks:
     """Writes the metrics of each step everywhere at once. Names under `time/` hold all that depends on a clock."""
 
-    def __init__(self, folder: RunFolder, run_name: str) -> None:
+    def __init__(self, folder: RunFolder, run_name: str, first_step: int) -> None:
+        """Write from `first_step` on; events of later steps, from before a resume, are purged."""
         self._folder, self._run_name = folder, run_name
-        self._events = SummaryWriter(str(folder.path / "tensorboard"))
+        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step or None)
         self._gauges: dict[str, Gauge] = {}
 
     def write_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -29,10 +30,10 @@ class Sinks:
         self._folder.append_json(self._folder.evaluations, {"step": num_steps, **_finite(metrics)})
         self._publish(num_steps, metrics)
 
-    def first_evaluation(self) -> dict[str, float]:
+    def first_evaluation(self) -> dict[str, float | None]:
         """Return the metrics of the run's first evaluation."""
         with self._folder.evaluations.open(encoding="utf-8") as lines:
-            first: dict[str, float] = json.loads(lines.readline())
+            first: dict[str, float | None] = json.loads(lines.readline())
         return first
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The embedded engine: a transformers model with a batched cache and exact rollback, on CPU or GPU."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.engines.errors import EngineError
+from actors.engines.errors import EngineError, LostSequenceError
 from actors.engines.protocol import Draft, Generation, Ints, Scores, SequenceRequest
 from actors.engines.ragged_cache import RaggedCache
 from actors.random_numbers import Purpose, sample_from_logprobs, uniforms
@@ -86,7 +87,8 @@ class TorchEngine:
         self._max_num_sequences = max_num_sequences
         self._cache = RaggedCache(self._num_layers)
         self._sequences: dict[int, _Sequence] = {}
-        self._handles = count()
+        # Handles of an engine that died and was started again must not be taken for new ones.
+        self._handles = count(int.from_bytes(os.urandom(6), "big"))
         self._policy_version = 0
 
     @property
@@ -117,7 +119,7 @@ class TorchEngine:
     def draft(self, sequences: Sequence[int], num_tokens: int) -> Draft:
         """Draw `num_tokens` tokens for each sequence, one forward each; nothing is committed."""
         steps = []
-        states = [self._sequences[handle] for handle in sequences]
+        states = self._states(sequences)
         tokens = torch.tensor([state.last_token for state in states])
         for state in states:
             state.pending = []
@@ -143,7 +145,7 @@ class TorchEngine:
     @torch.inference_mode()
     def score(self, sequences: Sequence[int], draft_ids: Ints, support_ids: Ints) -> Scores:
         """Score all k drafted tokens of each sequence in one forward; nothing is committed."""
-        states = [self._sequences[handle] for handle in sequences]
+        states = self._states(sequences)
         drafts = torch.from_numpy(np.asarray(draft_ids, dtype=np.int64))
         for state, row in zip(states, drafts.tolist(), strict=True):
             state.pending = row
@@ -155,10 +157,9 @@ class TorchEngine:
 
     def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
         """Keep a prefix of each pending draft and append the replacement, if there is one."""
-        for handle, accepted, replacement in zip(
-            sequences, num_accepted.tolist(), replacement_ids.tolist(), strict=True
+        for state, accepted, replacement in zip(
+            self._states(sequences), num_accepted.tolist(), replacement_ids.tolist(), strict=True
         ):
-            state = self._sequences[handle]
             kept = state.pending[:accepted] + ([replacement] if replacement >= 0 else [])
             if kept:
                 state.last_token = kept[-1]
@@ -166,9 +167,9 @@ class TorchEngine:
             state.pending = []
 
     def close(self, sequences: Sequence[int]) -> None:
-        """Forget the sequences; the rows that remain are moved together."""
+        """Forget the sequences, where they are known; the rows that remain are moved together."""
         for handle in sequences:
-            del self._sequences[handle]
+            self._sequences.pop(handle, None)
         remaining = list(self._sequences.values())
         self._cache.keep(torch.tensor([state.row for state in remaining], dtype=torch.long, device=self._device))
         for row, state in enumerate(remaining):
@@ -198,7 +199,8 @@ class TorchEngine:
                 if stopped or len(steps[index]) == requests[index].max_new_tokens:
                     finished[index] = self._generation(steps[index], "stop" if stopped else "length")
                     ended.append(handle)
-            self.close(ended)
+            if ended:
+                self.close(ended)
             for handle in ended:
                 del active[handle]
         return [finished[index] for index in range(len(requests))]
@@ -256,6 +258,12 @@ class TorchEngine:
     def shutdown(self) -> None:
         """Drop the model and the cache."""
         del self._model, self._cache
+
+    def _states(self, sequences: Sequence[int]) -> list[_Sequence]:
+        unknown = [handle for handle in sequences if handle not in self._sequences]
+        if unknown:
+            raise LostSequenceError(f"{len(unknown)} of {len(sequences)} sequences are not open in this engine")
+        return [self._sequences[handle] for handle in sequences]
 
     def _forward(self, sequences: Sequence[int], inputs: Tensor, positions: Tensor, logits_to_keep: int = 0) -> Tensor:
         """Run [B, q] tokens of the sequences at [B, q] positions; return logits [B, q, V]."""

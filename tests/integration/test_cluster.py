@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -63,12 +65,13 @@ def eventually(attempt: Any, seconds: float) -> Any:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     gcs, dashboard, agent, metrics, client = free_ports(5)
     # Unix socket paths are limited to about 107 characters, so the folder's name is short.
-    temp = Path(f"/tmp/tc{os.getpid()}")
+    temp = Path(tempfile.mkdtemp(prefix="tc"))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PATH": f"{BIN}:{environment['PATH']}", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [
-            str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+            str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}",
+            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--num-cpus=4",
             f"--temp-dir={temp}", "--disable-usage-stats", f"--object-store-memory={512 * 2**20}",
         ],
@@ -81,7 +84,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
-        subprocess.run(["rm", "-rf", str(temp)], check=True)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def test_a_submitted_job_runs_with_named_actors_and_metrics_on_the_metrics_port(head: Head, tmp_path: Path) -> None:
@@ -103,15 +106,17 @@ def test_a_submitted_job_runs_with_named_actors_and_metrics_on_the_metrics_port(
         "rollouts.prompts_per_step=16", "learner.micro_batch_size=16",
     )  # fmt: skip
     # The dashboard answers before the node's agent can take jobs.
-    assert eventually(lambda: job(*submit), 60)
+    assert eventually(lambda: job(*submit), 120)
+    seen: set[str] = set()
 
-    def alive() -> set[str]:
+    def names_seen_alive() -> set[str]:
         answer = json.loads(get(f"{head.dashboard}/api/v0/actors?detail=1&limit=1000"))
         actors = answer["data"]["result"]["result"]
-        return {actor["name"] for actor in actors if actor["state"] == "ALIVE"}
+        seen.update(actor["name"] for actor in actors if actor["state"] == "ALIVE")
+        return seen
 
     expected = {"experience-queue", "student-0", "student-1", "teacher-0", "blending-0", "grader-0", "learner-0"}
-    assert eventually(lambda: expected <= alive(), 240), job("logs", submission)
+    assert eventually(lambda: expected <= names_seen_alive(), 240), job("logs", submission)
     wanted = ("ray_tutelage_reward_pass_rate{", "ray_tutelage_blend_beta{", "ray_tutelage_time_tokens_per_s{")
     exported = eventually(lambda: all(name in get(head.metrics) for name in wanted), 120)
     assert exported, job("logs", submission)

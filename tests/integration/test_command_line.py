@@ -22,6 +22,9 @@ QUICKSTART = "deploy/recipes/quickstart.yaml"
 COMMAND = (sys.executable, "-m", "orchestrator.cli")
 LOCAL = ("cluster.num_cpus=4", "cluster.dashboard=false", "cluster.object_store_gib=0.2")
 """A cluster of the command's own, large enough for the quickstart and no larger."""
+REINFORCE = ("teachers=null", "blending=null", "learner.objective={type: policy_gradient}", "rollouts.group_size=8",
+             "rollouts.prompts_per_step=8", "training.num_steps=500", "evaluation.num_prompts=0")  # fmt: skip
+"""The quickstart without a teacher, which starts in half the time, and without an end."""
 MARK = "TUTELAGE_TEST_MARK"
 """Set for a command, and so for every process that it leads to."""
 
@@ -74,11 +77,9 @@ class Run:
             assert time.monotonic() < deadline, self.text
             time.sleep(0.05)
 
-    def interrupt(self, times: int = 1) -> None:
+    def interrupt(self) -> None:
         """Press Ctrl-C: the whole process group gets the signal."""
-        for _ in range(times):
-            os.killpg(self.process.pid, signal.SIGINT)
-            time.sleep(0.05)
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def end(self, limit_s: float) -> int:
         """Wait for the command to end by itself; return its exit code."""
@@ -206,21 +207,16 @@ def test_a_run_folder_that_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 # ---- with a cluster
 
 
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("http://127.0.0.1:8265", "RAY_ADDRESS must be auto, local, or HOST:PORT of the head of a Ray cluster"),
-        ("127.0.0.1:{port}", "nothing answers there (Connection refused)"),
-    ],
-)  # fmt: skip
-def test_an_address_that_leads_to_no_cluster_is_refused_in_seconds(tmp_path: Path, address: str, said: str) -> None:
+def test_an_address_that_leads_to_no_cluster_is_refused_in_seconds(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     began = time.monotonic()
-    done = run("train", QUICKSTART, f"training.folder={tmp_path}", RAY_ADDRESS=address.format(port=port))
-    assert said in complaint(done)
-    assert "run folder: " in done.stdout
+    done = run("train", QUICKSTART, f"training.folder={tmp_path}", RAY_ADDRESS=address)
+    assert complaint(done).splitlines() == [
+        f"tutelage: RAY_ADDRESS must lead to a running Ray cluster, got '{address}': nothing answers there "
+        "(Connection refused)"
+    ]
     assert time.monotonic() - began < 120  # mostly imports; Ray itself would try for many minutes
 
 
@@ -238,7 +234,7 @@ def test_more_actors_than_the_cluster_holds_are_refused(tmp_path: Path, started:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_full_disk_ctrl_c_and_ctrl_c_twice_each_end_a_run_that_goes_on_where_it_was(
+def test_a_full_disk_and_ctrl_c_while_learning_or_starting_end_a_run_that_can_go_on(
     tmp_path: Path, started: list[Run]
 ) -> None:
     """One run, ended in three ways; each time what it wrote is whole, and no process is left."""
@@ -248,8 +244,7 @@ def test_a_full_disk_ctrl_c_and_ctrl_c_twice_each_end_a_run_that_goes_on_where_i
             QUICKSTART,
             f"training.folder={tmp_path}",
             *LOCAL,
-            "training.num_steps=500",
-            "evaluation.num_prompts=0",
+            *REINFORCE,
             "checkpoints.every_steps=2",
         )
     )
@@ -283,22 +278,21 @@ def test_a_full_disk_ctrl_c_and_ctrl_c_twice_each_end_a_run_that_goes_on_where_i
     checkpoint = folder / "checkpoints" / f"step_{len(steps):06d}"
     assert checkpoint.is_dir()
 
-    started.append(twice := Run("resume", str(folder)))
-    twice.wait_for(r"^step ")
-    twice.interrupt(times=2)
-    assert twice.end(30) == 130
-    assert "Traceback" not in twice.text
-    assert twice.orphans() == []
-    more = [line["step"] for line in lines(folder / "metrics.jsonl")]
-    assert more == list(range(len(more)))
-    assert len(more) > len(steps)
+    started.append(early := Run("resume", str(folder)))
+    early.wait_for(r"^students.model: ")
+    time.sleep(15)  # into the start of cluster or actors
+    assert len(early.processes()) > 1
+    early.interrupt()
+    assert early.end(30) == 130
+    assert "Traceback" not in early.text
+    assert early.orphans() == []
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == steps
 
     assert f"(did you mean {checkpoint}/model?)" in complaint(run("eval", str(checkpoint), "--task", "addition"))
     request = (str(checkpoint / "model"), "--task", "addition", "--prompts", "8", "--samples", "4", "--pass-at", "1,4")
     done = run("eval", *request)
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
     assert re.search(r"pass@4 .* \d\.\d{3} ± \d\.\d{3}", done.stdout)
-    assert run("eval", *request).stdout == done.stdout
     weights = checkpoint / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert f"tutelage: {checkpoint}/model could not be evaluated: " in complaint(run("eval", *request), code=1)

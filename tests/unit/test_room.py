@@ -37,7 +37,7 @@ def test_an_actor_does_not_stretch_over_nodes() -> None:
     nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
     fit([need("students", 2, 1.0), need("learner", 1, 2.0)], nodes)
     with pytest.raises(UserError, match=r"for students, number 2 of 2, none is left with 1 CPUs and 0 GPUs"):
-        fit([need("students", 2, 1.0), need("learner", 2, 1.5)], [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 0.9}])
+        fit([need("students", 2, 1.0), need("learner", 2, 1.5)], [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
 
 
 def test_shares_of_a_gpu_that_fill_it_exactly_fit() -> None:

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from learner.errors import LearnerError
 from orchestrator.config import CheckpointsSection
 from orchestrator.errors import RunError, UserError
 from orchestrator.run_folder import RunFolder, write_failed
 
 if TYPE_CHECKING:  # so that a run without a checkpoint is refused before Ray and torch are loaded
-    from learner.errors import LearnerError
-from learner.group import LearnerGroup
+    from learner.group import LearnerGroup
 
 
 class Checkpoints:
@@ -56,7 +56,8 @@ class Checkpoints:
             raise write_failed(target, error) from None
         except LearnerError as error:
             shutil.rmtree(draft, ignore_errors=True)
-            raise RunError(f"{target} could not be written: {error}") from None
+            free = shutil.disk_usage(self._folder.path).free >> 20
+            raise RunError(f"{target} could not be written ({free} MiB are free on that disk): {error}") from None
         for old in _complete(self._folder.checkpoints)[: -self._section.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return target

@@ -126,8 +126,10 @@ def main() -> None:
 
 def _train(recipe: Recipe, folder: "RunFolder", *, resume: bool) -> None:
     """Run the loop; whatever ends it, say so in one sentence, where the run folder is and how to go on."""
-    # As Ctrl-C does: until the loop listens itself, it ends the command and all that was started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Until the loop listens itself, these end the command and all that it started, as Ctrl-C does; but not under nohup.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     from orchestrator.checkpoints import has_checkpoint
     from orchestrator.failures import root_cause, sentence
     from orchestrator.interruption import Interruption

@@ -234,10 +234,10 @@ def test_more_actors_than_the_cluster_holds_are_refused(tmp_path: Path, started:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_full_disk_and_ctrl_c_while_learning_or_starting_end_a_run_that_can_go_on(
+def test_a_full_disk_and_ctrl_c_end_a_run_that_can_go_on(
     tmp_path: Path, started: list[Run]
 ) -> None:
-    """One run, ended in three ways; each time what it wrote is whole, and no process is left."""
+    """One run, ended in two ways; each time what it wrote is whole, and no process is left."""
     started.append(
         full := Run(
             "train",
@@ -277,16 +277,6 @@ def test_a_full_disk_and_ctrl_c_while_learning_or_starting_end_a_run_that_can_go
     assert steps == list(range(len(steps)))
     checkpoint = folder / "checkpoints" / f"step_{len(steps):06d}"
     assert checkpoint.is_dir()
-
-    started.append(early := Run("resume", str(folder)))
-    early.wait_for(r"^students.model: ")
-    time.sleep(15)  # into the start of cluster or actors
-    assert len(early.processes()) > 1
-    early.interrupt()
-    assert early.end(30) == 130
-    assert "Traceback" not in early.text
-    assert early.orphans() == []
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == steps
 
     assert f"(did you mean {checkpoint}/model?)" in complaint(run("eval", str(checkpoint), "--task", "addition"))
     request = (str(checkpoint / "model"), "--task", "addition", "--prompts", "8", "--samples", "4", "--pass-at", "1,4")

@@ -234,9 +234,7 @@ def test_more_actors_than_the_cluster_holds_are_refused(tmp_path: Path, started:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_full_disk_and_ctrl_c_end_a_run_that_can_go_on(
-    tmp_path: Path, started: list[Run]
-) -> None:
+def test_a_full_disk_and_ctrl_c_end_a_run_that_can_go_on(tmp_path: Path, started: list[Run]) -> None:
     """One run, ended in two ways; each time what it wrote is whole, and no process is left."""
     started.append(
         full := Run(

@@ -12,9 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actors.engines.protocol import SequenceRequest
 from rewards.grade import Grade, Status
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+
+LEARNED_COLUMNS = frozenset(
+    {
+        "prompt_id", "sample_index", "prompt_token_ids", "token_ids", "policy_versions", "behaviour_logprobs",
+        "student_logprobs", "support_ids", "support_teacher_logprobs", "teacher_tail_logprobs",
+    }
+)  # fmt: skip
+"""What a learner needs of a rollout: of a teacher's scores, the ids and the teacher's side."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -76,11 +85,13 @@ class BlendTrace:
     """How the behaviour policy was made at each of the T positions."""
 
     epsilon: Floats
-    """[T] budget, nats."""
+    """[T] budget, nats; NaN where the behaviour policy keeps none."""
     beta: Floats
-    """[T] blend weight in [0, 1]; 0 is the student, 1 the teacher."""
+    """[T] blend weight in [0, 1]; 0 is the student, 1 the teacher; NaN where mu is not on the path between them."""
     divergence: Floats
     """[T] KL(mu || student), nats."""
+    teacher_divergence: Floats
+    """[T] KL(mu || teacher), nats; infinite where mu has mass that the teacher lacks."""
     teacher_logprobs: Floats
     """[T] of the emitted tokens under the teacher alone, nats."""
     accepted: Bools
@@ -102,6 +113,20 @@ class TeacherScores:
     teacher_tail_logprobs: Floats | None = None
     """[T] as the student's, of the teacher."""
 
+    def kl_to_teacher(self) -> Floats:
+        """Return KL(student || teacher) at each position, [T] nats.
+
+        On a support smaller than the vocabulary all that lies outside counts as one outcome, which can only lower the
+        divergence; on the full support it is exact.
+        """
+        assert self.teacher_logprobs is not None
+        assert self.teacher_tail_logprobs is not None
+        ours = np.concatenate([self.student_logprobs, self.student_tail_logprobs[:, None]], 1).astype(np.float64)
+        theirs = np.concatenate([self.teacher_logprobs, self.teacher_tail_logprobs[:, None]], 1).astype(np.float64)
+        present = np.isfinite(ours)
+        gap = np.where(present, ours - np.where(present, theirs, 0.0), 0.0)
+        return np.asarray((np.exp(ours) * gap).sum(1), np.float32)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -121,8 +146,8 @@ class Rollout:
 _PER_TOKEN: Mapping[str, pa.DataType] = {
     "token_ids": pa.int32(), "policy_versions": pa.int32(), "behaviour_logprobs": pa.float32(),
     "student_logprobs": pa.float32(), "epsilon": pa.float32(), "beta": pa.float32(), "divergence": pa.float32(),
-    "teacher_logprobs": pa.float32(), "accepted": pa.bool_(), "student_tail_logprobs": pa.float32(),
-    "teacher_tail_logprobs": pa.float32(),
+    "teacher_divergence": pa.float32(), "teacher_logprobs": pa.float32(), "accepted": pa.bool_(),
+    "student_tail_logprobs": pa.float32(), "teacher_tail_logprobs": pa.float32(),
 }  # fmt: skip
 _PER_SUPPORT: Mapping[str, pa.DataType] = {
     "support_ids": pa.int32(), "support_student_logprobs": pa.float32(), "support_teacher_logprobs": pa.float32(),
@@ -166,6 +191,32 @@ def requests_from_arrow(batch: pa.RecordBatch) -> list[tuple[Prompt, int]]:
         )
         for i, index in enumerate(batch.column("sample_index").to_pylist())
     ]
+
+
+def sequence_requests_to_arrow(requests: Sequence[SequenceRequest]) -> pa.RecordBatch:
+    """Return one row per sequence that an engine is to open."""
+    return pa.RecordBatch.from_pydict(
+        {
+            "prompt_id": pa.array([r.prompt_id for r in requests], pa.string()),
+            "sample_index": pa.array([r.sample_index for r in requests], pa.int32()),
+            "prompt_token_ids": _ragged([np.asarray(r.prompt_ids, np.int32) for r in requests], pa.int32()),
+            "completion_token_ids": _ragged([np.asarray(r.completion_ids, np.int32) for r in requests], pa.int32()),
+            "max_new_tokens": pa.array([r.max_new_tokens for r in requests], pa.int32()),
+        }
+    )
+
+
+def sequence_requests_from_arrow(batch: pa.RecordBatch) -> list[SequenceRequest]:
+    """Return the rows of a batch made by `sequence_requests_to_arrow`."""
+    prompts, completions = (_views(batch.column(name)) for name in ("prompt_token_ids", "completion_token_ids"))
+    scalars = (batch.column(name).to_pylist() for name in ("prompt_id", "sample_index", "max_new_tokens"))
+    return [
+        SequenceRequest(
+            prompt_id=prompt_id, sample_index=index, prompt_ids=tuple(prompt.tolist()), max_new_tokens=most,
+            completion_ids=tuple(completion.tolist()),
+        )
+        for prompt, completion, prompt_id, index, most in zip(prompts, completions, *scalars, strict=True)
+    ]  # fmt: skip
 
 
 def rollouts_to_arrow(rollouts: Sequence[Rollout]) -> pa.RecordBatch:

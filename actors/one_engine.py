@@ -1,59 +1,45 @@
-"""The actor around a vLLM engine that holds student and teacher together while they are blended."""
+"""The actor that holds student and teacher together while they are blended: no messages between them."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from actors.engines.build import EngineSpec
-from actors.experience import (
-    BlendTrace,
-    Completion,
-    Prompt,
-    Rollout,
-    TeacherScores,
-    requests_from_arrow,
-    rollouts_to_arrow,
-)
-from actors.student import sequence_requests
+from actors.behaviours import BlendedBehaviour
+from actors.blending import blended_rollouts, draft_length_of
+from actors.config import BlenderSection
+from actors.engines.build import EngineSpec, build_engine
+from actors.engines.protocol import Draft, SequenceEngine, SequenceRequest
+from actors.experience import requests_from_arrow
+from actors.meter import Meter, metered
+from actors.speculation import Pending, Sampled, Speculation, Timed
+from actors.student import likeliest, sequence_requests
 from actors.tokenizer import load_tokenizer
+from actors.verification import BlendedTokens
 from actors.weights import PolicyWeights, read_weights
 
-if TYPE_CHECKING:
-    from actors.engines.vllm_engine import BlendedGeneration, VllmBlendEngine
+_VLLM_DRAFT_LENGTH = 8
+"""Where none is given: vLLM reserves room for this many when it starts."""
 
 
 class OneEngineActor:
-    """The student is the teacher's draft model; the verifier runs inside the engine's worker."""
+    """Blends two models of one process: two torch engines, or vLLM with the student as the teacher's draft model."""
 
-    def __init__(self, name: str, spec: EngineSpec, teacher: str, draft_length: int) -> None:
-        self._name, self._spec, self._teacher, self._draft_length = name, spec, teacher, draft_length
+    def __init__(self, name: str, spec: EngineSpec, teacher: str, section: BlenderSection) -> None:
+        self._name, self._spec, self._teacher, self._section = name, spec, teacher, section
 
     def __repr__(self) -> str:
         return self._name
 
     @cached_property
-    def _engine(self) -> "VllmBlendEngine":
+    def _pair(self) -> "TorchPair | VllmPair":
         # Built by the first call and not by the constructor, so that what it raises reaches the caller as it is.
-        from actors.engines.vllm_engine import VllmBlendEngine
-
-        spec = self._spec
-        assert spec.section.type == "vllm"
-        return VllmBlendEngine(
-            student=spec.model,
-            teacher=self._teacher,
-            draft_length=self._draft_length,
-            seed=spec.seed,
-            temperature=spec.temperature,
-            support_size=spec.support_size,
-            stop_token_id=spec.stop_token_id,
-            max_model_len=spec.max_model_len,
-            dtype=spec.section.dtype,
-            memory_gib=spec.section.memory_gib,
-            max_num_seqs=spec.section.max_num_sequences,
-            enforce_eager=spec.section.enforce_eager,
-        )
+        kind = VllmPair if self._spec.section.type == "vllm" else TorchPair
+        return kind(self._spec, self._teacher, self._section)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -61,50 +47,149 @@ class OneEngineActor:
 
     def ready(self) -> str:
         """Load both models; return the actor's name."""
-        assert self._engine.policy_version >= 0
+        assert self._pair.policy_version >= 0
         return self._name
 
     def sample(
-        self, requests: pa.RecordBatch, weights: PolicyWeights, epsilon: float, max_new_tokens: int
+        self, requests: pa.RecordBatch, weights: PolicyWeights, behaviour: BlendedBehaviour, max_new_tokens: int
     ) -> pa.RecordBatch:
         """Sample every request to its end from mu, and return complete rollouts with the teacher's scores."""
-        if weights.policy_version != self._engine.policy_version:
-            self._engine.load_weights(read_weights(weights), weights.policy_version)
+        pair = self._pair
+        if weights.policy_version != pair.policy_version:
+            pair.load_weights(weights)
         asked = requests_from_arrow(requests)
-        generations = self._engine.generate_blended(sequence_requests(asked, max_new_tokens), epsilon)
-        texts = self._tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
-        return rollouts_to_arrow(
-            [
-                _rollout(generation, text, prompt, index)
-                for (prompt, index), generation, text in zip(asked, generations, texts, strict=True)
-            ]
+        sampled, meter = pair.sample(sequence_requests(asked, max_new_tokens), behaviour)
+        return metered(blended_rollouts(asked, sampled, behaviour, pair.policy_version, self._tokenizer), meter)
+
+    def likeliest(self, requests: pa.RecordBatch, weights: PolicyWeights) -> tuple[list[list[int]], ...] | None:
+        """Return the support's ids at the position after each prompt, of student and teacher; None where hidden."""
+        if weights.policy_version != self._pair.policy_version:
+            self._pair.load_weights(weights)
+        return self._pair.likeliest(requests)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A call that has been answered."""
+
+    timed: Timed
+
+    def result(self) -> Timed:
+        """Return the answer."""
+        return self.timed
+
+
+class LocalSide:
+    """An engine of this process as one side of a rollout."""
+
+    def __init__(self, engine: SequenceEngine) -> None:
+        self._engine = engine
+        self.open, self.commit, self.close = engine.open, engine.commit, engine.close
+
+    def finish(self) -> None:
+        """Everything has been told."""
+
+    def recover(self) -> None:
+        """An engine of this process is lost only together with it."""
+
+    def draft(self, sequences: Sequence[int], num_tokens: int) -> Done:
+        """Draft now."""
+        began = time.perf_counter()
+        draft = self._engine.draft(sequences, num_tokens)
+        return Done(Timed(draft, time.perf_counter() - began))
+
+    def score(self, sequences: Sequence[int], draft: Pending) -> Done:
+        """Score now."""
+        began, drafted = time.perf_counter(), draft.result().value
+        assert isinstance(drafted, Draft)
+        scores = self._engine.score(sequences, drafted.token_ids, drafted.ids.requested)
+        return Done(Timed(scores, time.perf_counter() - began))
+
+
+class TorchPair:
+    """Two torch engines."""
+
+    def __init__(self, spec: EngineSpec, teacher: str, section: BlenderSection) -> None:
+        self._spec, self._section = spec, section
+        self._student: Any = build_engine(spec)
+        self._teacher: Any = build_engine(replace(spec, model=teacher))
+
+    @property
+    def policy_version(self) -> int:
+        """Of the student's weights in use."""
+        return int(self._student.policy_version)
+
+    def load_weights(self, weights: PolicyWeights) -> None:
+        """Replace the student's weights."""
+        self._student.load_weights(read_weights(weights), weights.policy_version)
+
+    def sample(self, requests: Sequence[SequenceRequest], behaviour: BlendedBehaviour) -> tuple[Sampled, Meter]:
+        """Sample every request to its end."""
+        speculation = Speculation(
+            LocalSide(self._student),
+            LocalSide(self._teacher),
+            behaviour=behaviour,
+            draft_length=draft_length_of(self._section, behaviour),
+            seed=self._spec.seed,
+            stop_token_id=self._spec.head.stop_token_id,
+            max_num_sequences=self._spec.section.max_num_sequences,
+        )
+        return speculation.run(requests), speculation.meter
+
+    def likeliest(self, requests: pa.RecordBatch) -> tuple[list[list[int]], ...]:
+        """Return the support's ids at the position after each prompt, of both."""
+        return likeliest(self._student, requests), likeliest(self._teacher, requests)
+
+
+class VllmPair:
+    """One vLLM that holds both; the verifier runs inside its worker, on the whole vocabulary."""
+
+    def __init__(self, spec: EngineSpec, teacher: str, section: BlenderSection) -> None:
+        from actors.engines.vllm_engine import VllmBlendEngine
+
+        assert spec.section.type == "vllm"
+        self._engine = VllmBlendEngine(
+            student=spec.model,
+            teacher=teacher,
+            draft_length=section.draft_length if isinstance(section.draft_length, int) else _VLLM_DRAFT_LENGTH,
+            seed=spec.seed,
+            head=spec.head,
+            support_size=spec.support_size,
+            max_model_len=spec.max_model_len,
+            dtype=spec.section.dtype,
+            memory_gib=spec.section.memory_gib,
+            max_num_seqs=spec.section.max_num_sequences,
+            enforce_eager=spec.section.enforce_eager,
         )
 
+    @property
+    def policy_version(self) -> int:
+        """Of the student's weights in use."""
+        return self._engine.policy_version
 
-def _rollout(generation: "BlendedGeneration", text: str, prompt: Prompt, index: int) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        sample_index=index,
-        completion=Completion(
-            token_ids=generation.token_ids,
-            behaviour_logprobs=generation.behaviour_logprobs,
-            student_logprobs=generation.student_logprobs,
-            finish_reason=generation.finish_reason,
-            policy_versions=generation.policy_versions,
-        ),
-        text=text,
-        blend=BlendTrace(
-            epsilon=generation.epsilon,
-            beta=generation.beta,
-            divergence=generation.divergence,
-            teacher_logprobs=generation.teacher_logprobs,
-            accepted=np.asarray(generation.accepted, np.bool_),
-        ),
-        teacher=TeacherScores(
-            support_ids=generation.support_ids,
-            student_logprobs=generation.support_student_logprobs,
-            student_tail_logprobs=generation.student_tail_logprobs,
-            teacher_logprobs=generation.support_teacher_logprobs,
-            teacher_tail_logprobs=generation.teacher_tail_logprobs,
-        ),
-    )
+    def load_weights(self, weights: PolicyWeights) -> None:
+        """Replace the student's weights."""
+        self._engine.load_weights(read_weights(weights), weights.policy_version)
+
+    def sample(self, requests: Sequence[SequenceRequest], behaviour: BlendedBehaviour) -> tuple[Sampled, Meter]:
+        """Sample every request to its end."""
+        began = time.perf_counter()
+        generations, counts = self._engine.generate_blended(requests, behaviour)
+        lengths = [len(generation.token_ids) for generation in generations]
+        names = [field.name for field in fields(BlendedTokens)]
+        sampled = Sampled(
+            tokens=BlendedTokens(**{name: np.concatenate([getattr(g, name) for g in generations]) for name in names}),
+            bounds=np.cumsum([0, *lengths]),
+            stopped=np.array([generation.finish_reason == "stop" for generation in generations]),
+        )
+        meter = Meter(
+            num_tokens=sum(lengths),
+            num_drafted=counts.num_drafted,
+            num_passes=counts.num_passes,
+            num_scored=counts.num_drafted,
+            teacher_s=time.perf_counter() - began,  # of both: they are one program
+        )
+        return sampled, meter
+
+    def likeliest(self, requests: pa.RecordBatch) -> None:
+        """Neither model can be asked alone."""

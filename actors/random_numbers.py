@@ -66,6 +66,11 @@ def _prompt_key(seed: int, prompt_id: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> Words:
+    """Return the part of the key that stays the same along a completion, [N, 2]."""
+    return np.array([_prompt_key(seed, prompt_id) for prompt_id in prompt_ids], dtype=np.uint64).reshape(-1, 2)
+
+
 def uniforms(
     seed: int,
     prompt_ids: Sequence[str],
@@ -85,12 +90,18 @@ def uniforms(
     Returns:
         [N] float64, with 53 random bits each.
     """
-    key = np.array([_prompt_key(seed, prompt_id) for prompt_id in prompt_ids], dtype=np.uint64).reshape(-1, 2)
-    counter = np.zeros((len(key), 4), dtype=np.uint64)
+    return keyed_uniforms(prompt_keys(seed, prompt_ids), sample_indices, positions, purpose)
+
+
+def keyed_uniforms(
+    keys: Words, sample_indices: npt.ArrayLike, positions: npt.ArrayLike, purpose: Purpose
+) -> npt.NDArray[np.float64]:
+    """`uniforms` with the seed and the prompts given as `prompt_keys` [N, 2]."""
+    counter = np.zeros((len(keys), 4), dtype=np.uint64)
     counter[:, 0] = np.asarray(sample_indices, dtype=np.uint64)
     counter[:, 1] = np.asarray(positions, dtype=np.uint64)
     counter[:, 2] = np.uint64(purpose)
-    words = philox4x32(counter, key)
+    words = philox4x32(counter, keys)
     bits = (words[:, 0] << np.uint64(21)) ^ (words[:, 1] >> np.uint64(11))
     return bits.astype(np.float64) * 2.0**-53
 

@@ -13,8 +13,9 @@ from typing import Protocol, TypedDict
 import pyarrow as pa
 import ray
 
+from actors.behaviours import Behaviour, StudentAlone, TrustRegion
 from actors.blending import BlendingService
-from actors.config import BlendingSection, ModelPoolSection, PoolSection
+from actors.config import BlenderSection, ModelPoolSection, PoolSection
 from actors.engines.build import EngineSpec
 from actors.experience import Prompt, requests_to_arrow
 from actors.one_engine import OneEngineActor
@@ -33,7 +34,7 @@ class SampleJob:
     prompts: Sequence[Prompt]
     group_size: int
     weights: PolicyWeights
-    epsilon: float
+    behaviour: Behaviour
     max_new_tokens: int
     least_shards: int = 1
     """How many parts whoever works on the rollouts afterwards would like."""
@@ -61,7 +62,13 @@ class Sampler(Protocol):
         """Send the job out; one reference to a rollout record batch for each part of `job.split`."""
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
-        """Likewise from the student alone, whatever the job's budget: for evaluation."""
+        """Likewise from the student alone, whatever the job's behaviour: for evaluation."""
+
+    def overlap(self, job: SampleJob) -> float | None:
+        """Return the mean share of the student's likeliest K tokens after each prompt that are the teacher's, too.
+
+        None where the sampler cannot tell.
+        """
 
     def close(self) -> None:
         """End the actors."""
@@ -107,16 +114,26 @@ class PlainSampler:
     def sample(self, job: SampleJob) -> list[RolloutRef]:
         """Each student samples a shard, a teacher scores it when it is done."""
         assert self.students is not None
+        assert isinstance(job.behaviour, StudentAlone)
         refs = []
         count = max(len(self.students), len(self.teachers or ()), job.least_shards)
         for i, shard in enumerate(job.shards(count)):
-            rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens)
+            rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens, job.behaviour.decoding)
             refs.append(rollouts if self.teachers is None else self.teachers[i].score_rollouts.remote(rollouts))
         return refs
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
-        """The same: there is only the student."""
-        return self.sample(job)
+        """The same from the student's own law."""
+        return self.sample(replace(job, behaviour=StudentAlone()))
+
+    def overlap(self, job: SampleJob) -> float | None:
+        """Ask one student and one teacher."""
+        if self.students is None or self.teachers is None:
+            return None
+        (shard,) = job.shards(1)
+        refs = [self.students[0].likeliest.remote(shard, job.weights), self.teachers[0].likeliest.remote(shard)]
+        ours, theirs = ray.get(refs)
+        return share_in_common(ours, theirs)
 
     def close(self) -> None:
         """End both pools."""
@@ -126,10 +143,10 @@ class PlainSampler:
         self.students = self.teachers = None
 
 
-class TrustRegionSampler:
-    """TRB with students and teachers in their own actors and the blending service between them."""
+class BlendedSampler:
+    """Students and teachers in their own actors, and the blending service between them."""
 
-    def __init__(self, plain: PlainSampler, section: BlendingSection, student: EngineSpec) -> None:
+    def __init__(self, plain: PlainSampler, section: BlenderSection, student: EngineSpec) -> None:
         self._plain, self._section, self._student = plain, section, student
         self.blenders: Pool | None = None
 
@@ -138,8 +155,8 @@ class TrustRegionSampler:
         self._plain.start()
         assert self._plain.students is not None
         spec = self._student
-        arguments = {"model": spec.model, "seed": spec.seed, "stop_token_id": spec.stop_token_id,
-                     "threads": spec.section.threads}  # fmt: skip
+        arguments = {"model": spec.model, "seed": spec.seed, "stop_token_id": spec.head.stop_token_id,
+                     "threads": spec.section.threads, "section": self._section}  # fmt: skip
         self.blenders = Pool(
             "blending",
             lambda name: (BlendingService, (name,), arguments),
@@ -157,18 +174,25 @@ class TrustRegionSampler:
         assert students is not None
         assert teachers is not None
         count = max(len(students), len(teachers), len(self.blenders), job.least_shards)
-        return [
+        refs = []
+        for i, shard in enumerate(job.shards(count)):
+            number = i % len(students)
             # A student keeps its blender, where its rollouts take turns.
-            self.blenders[i % len(students)].rollout.remote(
-                shard, students[i], teachers[i], job.weights, job.epsilon, job.max_new_tokens,
-                self._section.draft_length,
-            )
-            for i, shard in enumerate(job.shards(count))
-        ]  # fmt: skip
+            refs.append(
+                self.blenders[number].rollout.remote(
+                    shard, students[i], teachers[i], job.weights, job.behaviour, job.max_new_tokens,
+                    student_number=number, max_num_sequences=self._student.section.max_num_sequences,
+                )
+            )  # fmt: skip
+        return refs
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
         """The plain sampler, over the same actors."""
-        return self._plain.sample(job)
+        return self._plain.sample_student(job)
+
+    def overlap(self, job: SampleJob) -> float | None:
+        """Likewise."""
+        return self._plain.overlap(job)
 
     def close(self) -> None:
         """End the blenders; the plain sampler's actors stay."""
@@ -178,48 +202,55 @@ class TrustRegionSampler:
 
 
 class OneEngineSampler:
-    """TRB with student and teacher in one vLLM engine, as many engines as there are to be students."""
+    """Student and teacher together in each actor, as many actors as there are to be students."""
 
     def __init__(
-        self, students: ModelPoolSection, student: EngineSpec, teacher_model: str, section: BlendingSection
+        self, students: ModelPoolSection, student: EngineSpec, teacher_model: str, section: BlenderSection
     ) -> None:
         self._students, self._spec, self._teacher_model, self._section = students, student, teacher_model, section
         self._engines: Pool | None = None
 
     def start(self) -> None:
-        """Start the engines."""
+        """Start the actors."""
         self._engines = Pool(
             "student-teacher",
-            lambda name: (OneEngineActor, (name, self._spec, self._teacher_model, self._section.draft_length), {}),
+            lambda name: (OneEngineActor, (name, self._spec, self._teacher_model, self._section), {}),
             environment=self._spec.environment,
             **_resources(self._students),
         )
         self._engines.wait()
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
-        """Each engine samples a shard."""
+        """Each actor samples a shard."""
         assert self._engines is not None
         return [
-            self._engines[i].sample.remote(shard, job.weights, job.epsilon, job.max_new_tokens)
+            self._engines[i].sample.remote(shard, job.weights, job.behaviour, job.max_new_tokens)
             for i, shard in enumerate(job.shards(max(len(self._engines), job.least_shards)))
         ]
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
-        """With no budget mu is the student, and the engine keeps every draft."""
-        return self.sample(replace(job, epsilon=0.0))
+        """With no budget mu is the student, and every draft is kept."""
+        return self.sample(replace(job, behaviour=TrustRegion(epsilon=0.0)))
+
+    def overlap(self, job: SampleJob) -> float | None:
+        """Ask one actor for both."""
+        assert self._engines is not None
+        (shard,) = job.shards(1)
+        both = ray.get(self._engines[0].likeliest.remote(shard, job.weights))
+        return None if both is None else share_in_common(*both)
 
     def close(self) -> None:
-        """End the engines."""
+        """End the actors."""
         if self._engines is not None:
             self._engines.close()
         self._engines = None
 
 
 class AnnealedSampler:
-    """Blends while there is a budget; from the first training job without one, steps aside for the plain sampler."""
+    """Blends until the first training job of the student alone; then steps aside for the plain sampler."""
 
-    def __init__(self, blended: TrustRegionSampler | OneEngineSampler, plain: PlainSampler) -> None:
-        self._blended: TrustRegionSampler | OneEngineSampler | None = blended
+    def __init__(self, blended: BlendedSampler | OneEngineSampler, plain: PlainSampler) -> None:
+        self._blended: BlendedSampler | OneEngineSampler | None = blended
         self._plain = plain
         self._in_flight: list[RolloutRef] = []
         self.changeover_s: float | None = None
@@ -231,8 +262,8 @@ class AnnealedSampler:
         self._blended.start()
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
-        """Send the job to whichever sampler its budget asks for."""
-        if self._blended is None or job.epsilon == 0:
+        """Send the job to whichever sampler its behaviour asks for."""
+        if self._blended is None or isinstance(job.behaviour, StudentAlone):
             self._step_aside()
             return self._plain.sample(job)
         refs = self._blended.sample(job)
@@ -244,6 +275,10 @@ class AnnealedSampler:
         if self._in_flight:
             ray.wait(self._in_flight, num_returns=len(self._in_flight))
         return (self._blended or self._plain).sample_student(job)
+
+    def overlap(self, job: SampleJob) -> float | None:
+        """Ask whichever sampler is in charge."""
+        return (self._blended or self._plain).overlap(job)
 
     def close(self) -> None:
         """End everything."""
@@ -266,6 +301,11 @@ class AnnealedSampler:
         self._blended, self._in_flight = None, []
         self._plain.start()
         self.changeover_s = time.monotonic() - began
+
+
+def share_in_common(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """Return the mean share of each of our sets that is in theirs."""
+    return sum(len(set(a) & set(b)) / len(a) for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 class _Resources(TypedDict):

@@ -1,5 +1,6 @@
 """The actor around a student's engine. It holds the weights being trained and never the teacher's."""
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,15 @@ from typing import Any
 import pyarrow as pa
 
 from actors.engines.build import EngineSpec, build_engine
-from actors.engines.protocol import Engine, Generation, Ints, SequenceEngine, SequenceRequest
+from actors.engines.protocol import (
+    DraftedIds,
+    DraftedLogprobs,
+    Engine,
+    Generation,
+    SequenceEngine,
+    SequenceRequest,
+    Settlement,
+)
 from actors.experience import (
     Completion,
     Prompt,
@@ -15,10 +24,13 @@ from actors.experience import (
     TeacherScores,
     requests_from_arrow,
     rollouts_to_arrow,
+    sequence_requests_from_arrow,
 )
+from actors.head import PLAIN, Decoding
+from actors.meter import Meter, metered
 from actors.tokenizer import load_tokenizer
 from actors.weights import PolicyWeights, read_weights
-from actors.wire import to_arrow
+from actors.wire import timed, to_arrow
 
 
 def sequence_requests(requests: Sequence[tuple[Prompt, int]], max_new_tokens: int) -> list[SequenceRequest]:
@@ -39,7 +51,7 @@ class StudentActor:
 
     def __init__(self, name: str, spec: EngineSpec) -> None:
         self._name, self._spec = name, spec
-        self._open: list[int] = []
+        self._open: set[int] = set()
 
     def __repr__(self) -> str:
         return self._name
@@ -58,20 +70,23 @@ class StudentActor:
         assert self._engine.policy_version >= 0
         return self._name
 
-    def sample(self, requests: pa.RecordBatch, weights: PolicyWeights, max_new_tokens: int) -> pa.RecordBatch:
+    def sample(
+        self, requests: pa.RecordBatch, weights: PolicyWeights, max_new_tokens: int, decoding: Decoding = PLAIN
+    ) -> pa.RecordBatch:
         """Sample every request to its end from the student alone; the teacher's part is left open."""
+        began = time.perf_counter()
         self._refresh(weights)
         asked = requests_from_arrow(requests)
-        generations = self._engine.generate(sequence_requests(asked, max_new_tokens))
+        generations = self._engine.generate(sequence_requests(asked, max_new_tokens), decoding)
         texts = self._tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
-        return rollouts_to_arrow(
+        rollouts = rollouts_to_arrow(
             [
                 Rollout(
                     prompt=prompt,
                     sample_index=index,
                     completion=Completion(
                         token_ids=generation.token_ids,
-                        behaviour_logprobs=generation.token_logprobs,
+                        behaviour_logprobs=generation.behaviour_logprobs,
                         student_logprobs=generation.token_logprobs,
                         finish_reason=generation.finish_reason,
                         policy_versions=generation.policy_versions,
@@ -82,29 +97,49 @@ class StudentActor:
                 for (prompt, index), generation, text in zip(asked, generations, texts, strict=True)
             ]
         )
+        num_tokens = sum(len(generation.token_ids) for generation in generations)
+        return metered(rollouts, Meter(num_tokens=num_tokens, student_s=time.perf_counter() - began))
 
-    def open(self, requests: pa.RecordBatch, weights: PolicyWeights, max_new_tokens: int) -> tuple[list[int], int]:
-        """Admit the sequences of one rollout; return their handles and the policy version that will draft them.
+    def likeliest(self, requests: pa.RecordBatch, weights: PolicyWeights) -> list[list[int]]:
+        """Return the support's ids at the position after each prompt."""
+        self._refresh(weights)
+        return likeliest(self._engine, requests)
+
+    def begin(self, weights: PolicyWeights) -> int:
+        """Forget all open sequences, take these weights, and return the policy version that will draft.
 
         A student serves one rollout at a time, so that its weights never change under one: what is still open was
-        abandoned, and is forgotten.
+        abandoned.
         """
-        self._sequences.close(self._open)
+        self._sequences.close(list(self._open))
+        self._open.clear()
         self._refresh(weights)
-        self._open = self._sequences.open(sequence_requests(requests_from_arrow(requests), max_new_tokens))
-        return self._open, self._engine.policy_version
+        return self._engine.policy_version
 
-    def draft(self, sequences: Sequence[int], num_tokens: int) -> pa.RecordBatch:
-        """Return a `Draft` of that many tokens for each sequence."""
-        return to_arrow(self._sequences.draft(sequences, num_tokens))
+    def open(self, requests: pa.RecordBatch, lane: int, settled: Sequence[Settlement]) -> list[int]:
+        """Settle what is past, admit sequences and return their handles."""
+        self.settle(settled)
+        handles = self._sequences.open(sequence_requests_from_arrow(requests), lane)
+        self._open.update(handles)
+        return handles
 
-    def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
-        """Settle the last draft (see `SequenceEngine.commit`)."""
-        self._sequences.commit(sequences, num_accepted, replacement_ids)
+    def draft(
+        self, sequences: Sequence[int], num_tokens: int, settled: Sequence[Settlement]
+    ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        """Settle what is past; return the `DraftedIds` and `DraftedLogprobs` of that many tokens for each sequence.
 
-    def close(self, sequences: Sequence[int]) -> None:
-        """Forget the sequences."""
-        self._sequences.close(sequences)
+        They are apart because a teacher needs the ids alone.
+        """
+        began = time.perf_counter()
+        self.settle(settled)
+        draft = self._sequences.draft(sequences, num_tokens)
+        ids, logprobs = to_arrow(draft, DraftedIds), to_arrow(draft, DraftedLogprobs)
+        return ids, timed(logprobs, time.perf_counter() - began)
+
+    def settle(self, settled: Sequence[Settlement]) -> None:
+        """Commit and close sequences, in this order."""
+        for settlement in settled:
+            settlement.apply(self._sequences)
 
     @property
     def _sequences(self) -> SequenceEngine:
@@ -113,6 +148,12 @@ class StudentActor:
     def _refresh(self, weights: PolicyWeights) -> None:
         if weights.policy_version != self._engine.policy_version:
             self._engine.load_weights(read_weights(weights), weights.policy_version)
+
+
+def likeliest(engine: Engine, requests: pa.RecordBatch) -> list[list[int]]:
+    """Return the engine's likeliest ids, as many as its support has, at the position after each prompt."""
+    generations = engine.generate(sequence_requests(requests_from_arrow(requests), max_new_tokens=1))
+    return [generation.support_ids[0].tolist() for generation in generations]
 
 
 def _unscored(generation: Generation) -> TeacherScores:

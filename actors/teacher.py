@@ -1,5 +1,6 @@
 """The actor around the frozen teacher's engine: it scores what students draft, and finished completions."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -8,10 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from actors.engines.build import EngineSpec, build_engine
-from actors.engines.protocol import Draft, Engine, Ints, SequenceEngine
-from actors.experience import BlendTrace, Rollout, requests_from_arrow, rollouts_from_arrow, rollouts_to_arrow
-from actors.student import sequence_requests
-from actors.wire import from_arrow, to_arrow
+from actors.engines.protocol import DraftedIds, Engine, Scores, SequenceEngine, Settlement
+from actors.experience import (
+    BlendTrace,
+    Rollout,
+    rollouts_from_arrow,
+    rollouts_to_arrow,
+    sequence_requests_from_arrow,
+)
+from actors.meter import Meter, metered
+from actors.student import likeliest
+from actors.wire import from_arrow, timed, to_arrow
 
 
 class TeacherActor:
@@ -33,25 +41,31 @@ class TeacherActor:
         assert self._engine.policy_version >= 0
         return self._name
 
-    def open(self, requests: pa.RecordBatch, max_new_tokens: int) -> list[int]:
-        """Admit sequences and return their handles."""
-        return self._sequences.open(sequence_requests(requests_from_arrow(requests), max_new_tokens))
+    def likeliest(self, requests: pa.RecordBatch) -> list[list[int]]:
+        """Return the support's ids at the position after each prompt."""
+        return likeliest(self._engine, requests)
 
-    def score(self, sequences: Sequence[int], draft: pa.RecordBatch) -> pa.RecordBatch:
-        """Return `Scores` of a `Draft` at its support and, where there is a tail, at its spare as one column more."""
-        drafted = from_arrow(Draft, draft)
-        return to_arrow(self._sequences.score(sequences, drafted.token_ids, drafted.requested_ids))
+    def open(self, requests: pa.RecordBatch, lane: int, settled: Sequence[Settlement]) -> list[int]:
+        """Settle what is past, admit sequences and return their handles."""
+        self.settle(settled)
+        return self._sequences.open(sequence_requests_from_arrow(requests), lane)
 
-    def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
-        """Settle the last score (see `SequenceEngine.commit`)."""
-        self._sequences.commit(sequences, num_accepted, replacement_ids)
+    def score(self, sequences: Sequence[int], drafted: pa.RecordBatch, settled: Sequence[Settlement]) -> pa.RecordBatch:
+        """Settle what is past; return `Scores` of `DraftedIds` at the ids they request."""
+        began = time.perf_counter()
+        self.settle(settled)
+        ids = from_arrow(DraftedIds, drafted)
+        scores = to_arrow(self._sequences.score(sequences, ids.token_ids, ids.requested))
+        return timed(scores, time.perf_counter() - began)
 
-    def close(self, sequences: Sequence[int]) -> None:
-        """Forget the sequences."""
-        self._sequences.close(sequences)
+    def settle(self, settled: Sequence[Settlement]) -> None:
+        """Commit and close sequences, in this order."""
+        for settlement in settled:
+            settlement.apply(self._sequences)
 
     def score_rollouts(self, rollouts: pa.RecordBatch) -> pa.RecordBatch:
         """Return finished rollouts with the teacher's part filled, at each position's support."""
+        began = time.perf_counter()
         given = rollouts_from_arrow(rollouts)
         supports = [rollout.teacher.support_ids for rollout in given if rollout.teacher is not None]
         assert len(supports) == len(given), "rollouts sent to a teacher carry a support"
@@ -60,29 +74,34 @@ class TeacherActor:
             [rollout.completion.token_ids for rollout in given],
             supports,
         )
-        scored: list[Rollout] = []
-        for rollout, score in zip(given, scores, strict=True):
-            assert rollout.teacher is not None
-            zeros = np.zeros(rollout.completion.num_tokens, np.float32)
-            scored.append(
-                replace(
-                    rollout,
-                    blend=BlendTrace(
-                        epsilon=zeros,
-                        beta=zeros,
-                        divergence=zeros,
-                        teacher_logprobs=score.token_logprobs[0],
-                        accepted=np.ones(len(zeros), np.bool_),
-                    ),
-                    teacher=replace(
-                        rollout.teacher,
-                        teacher_logprobs=score.support_logprobs[0],
-                        teacher_tail_logprobs=score.tail_logprobs[0],
-                    ),
-                )
-            )
-        return rollouts_to_arrow(scored)
+        scored = rollouts_to_arrow([_scored(rollout, score) for rollout, score in zip(given, scores, strict=True)])
+        scored = scored.replace_schema_metadata({**rollouts.schema.metadata, **scored.schema.metadata})
+        meter = Meter(
+            num_passes=len(given),
+            num_scored=sum(rollout.completion.num_tokens for rollout in given),
+            teacher_s=time.perf_counter() - began,
+            wire_bytes=rollouts.nbytes,
+        )
+        return metered(scored, meter)
 
     @property
     def _sequences(self) -> SequenceEngine:
         return self._engine  # type: ignore[return-value]
+
+
+def _scored(rollout: Rollout, score: Scores) -> Rollout:
+    """The student alone drew these tokens: its law is mu, and its divergence to the teacher is mu's."""
+    assert rollout.teacher is not None
+    teacher = replace(
+        rollout.teacher, teacher_logprobs=score.support_logprobs[0], teacher_tail_logprobs=score.tail_logprobs[0]
+    )
+    zeros = np.zeros(rollout.completion.num_tokens, np.float32)
+    blend = BlendTrace(
+        epsilon=zeros,
+        beta=zeros,
+        divergence=zeros,
+        teacher_divergence=teacher.kl_to_teacher(),
+        teacher_logprobs=score.token_logprobs[0],
+        accepted=np.ones(len(zeros), np.bool_),
+    )
+    return replace(rollout, blend=blend, teacher=teacher)

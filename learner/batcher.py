@@ -25,7 +25,7 @@ class TrainBatch:
 
     step: int
     shards: tuple[ray.ObjectRef[pa.RecordBatch], ...]
-    """Graded rollouts as Arrow (`actors.experience`); N rows together, in this order."""
+    """Rollouts as Arrow, `LEARNED_COLUMNS` of `actors.experience`; N rows together, in this order."""
     advantages: npt.NDArray[np.float32]
     """[N]; 0 where the objective has no use for one."""
     trains: npt.NDArray[np.bool_]

@@ -14,6 +14,9 @@ class ReverseKLObjective(Section):
     """Which objective."""
     support_size: Annotated[int, Field(ge=1)] | Literal["full"] = 16
     """On how many of the student's likeliest ids; "full" for the exact KL on the whole vocabulary."""
+    tail: bool = False
+    """Whether all other ids count as one outcome more, so that no mass is pushed out of the likeliest; the papers' form
+    has none, which does no harm where they have nearly all the mass."""
     teacher_logprob_floor: float = Field(default=-30.0, lt=0)
     """Nats; what stands in for a lower log-prob of the teacher, and for a token that it forbids."""
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from actors.head import Head
 from actors.tokenizer import load_tokenizer
 from learner.config import LearnerSection
 from learner.errors import NonFiniteLossError
 from learner.learning_rate import learning_rate_factor
-from learner.losses import Loss, LossInputs
+from learner.losses import Loss, LossInputs, at_least_float32
 from learner.micro_batches import MicroBatch
 
 _TAG = "deepspeed"
@@ -74,7 +75,11 @@ class DeepSpeedEngine:
         section: the recipe's.
         num_micro_batches: of each rank at each step.
         num_steps: of the whole run, for the learning rate's schedule.
+        head: how the sampler read the logits, and so does the loss.
         device: where this rank computes.
+
+    Raises:
+        ValueError: if the shared vocabulary is larger than the model's.
     """
 
     def __init__(
@@ -84,10 +89,16 @@ class DeepSpeedEngine:
         *,
         num_micro_batches: int,
         num_steps: int,
+        head: Head,
         device: torch.device,
     ) -> None:
         transformers_logging.disable_progress_bar()
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, section.dtype))
+        if head.vocab_size is not None and head.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the shared vocabulary has {head.vocab_size} ids, but the logits of {model_folder} are "
+                f"{model.config.vocab_size} wide"
+            )
         model.to(device)
         model.train()
         if section.activation_checkpointing:
@@ -114,6 +125,7 @@ class DeepSpeedEngine:
         )
         self._model = model
         self._section = section
+        self._head = head
         self._num_micro_batches = num_micro_batches
         self._device = device
         self._rank = torch.distributed.get_rank()
@@ -237,13 +249,14 @@ class DeepSpeedEngine:
             use_cache=False,
         ).logits
         return LossInputs(
-            logits=logits,
+            logits=self._head.scores(at_least_float32(logits)),
             token_ids=batch.token_ids,
             loss_mask=batch.loss_mask,
             behaviour_logprobs=batch.behaviour_logprobs,
             advantages=batch.advantages,
             support_ids=batch.support_ids,
             support_teacher_logprobs=batch.support_teacher_logprobs,
+            support_teacher_tails=batch.support_teacher_tails,
         )
 
     def _describe_failure(self, micro_batches: Sequence[MicroBatch], row_losses: Sequence[Tensor]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.head import Head
 from actors.weights import PolicyWeights
 from learner.batcher import TrainBatch
 from learner.config import LearnerSection
@@ -29,7 +30,7 @@ class LearnerGroup:
         rollouts_per_step: N of every batch.
         num_steps: of the whole run, for the learning rate's schedule.
         namespace: Ray namespace of the actors' names; one group of ranks to a namespace.
-        temperature: of the sampler.
+        head: how the sampler read the logits, and so does the loss.
 
     Raises:
         ValueError: if N is not a multiple of world_size times micro_batch_size.
@@ -44,7 +45,7 @@ class LearnerGroup:
         rollouts_per_step: int,
         num_steps: int,
         namespace: str,
-        temperature: float = 1.0,
+        head: Head,
     ) -> None:
         if rollouts_per_step < 1 or rollouts_per_step % section.rollouts_per_round:
             raise ValueError(
@@ -73,7 +74,7 @@ class LearnerGroup:
                 model_folder=model_folder,
                 rollouts_per_step=rollouts_per_step,
                 num_steps=num_steps,
-                temperature=temperature,
+                head=head,
             )
             for rank in range(section.world_size)
         ]

@@ -25,7 +25,8 @@ class LossInputs:
     """
 
     logits: Tensor
-    """[B, T, V] of the current policy, at the position that predicts each token."""
+    """[B, T, V] of the current policy at the position that predicts each token, as the sampler reads them: at its
+    temperature, over the shared vocabulary (`Head.scores`)."""
     token_ids: Tensor
     """[B, T] the tokens that were drawn; any id inside the vocabulary where the mask is False."""
     loss_mask: Tensor
@@ -38,6 +39,8 @@ class LossInputs:
     """[B, T, K], sorted by falling log-prob of the student that was sampled."""
     support_teacher_logprobs: Tensor | None = None
     """[B, T, K] nats; -inf for a token that the teacher forbids."""
+    support_teacher_tails: Tensor | None = None
+    """[B, T] nats, the teacher's mass outside the support."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,10 @@ class ReverseKL:
     Where log t_x is below `teacher_logprob_floor` (-inf included, where the KL would be infinite) the floor stands in
     for it; metric `teacher_floored` counts these entries. An id that the student itself forbids (-inf) adds nothing.
 
+    With `tail`, all that lies outside S is one outcome more, with the mass that each law has there: the loss is then
+    the KL of two laws that sum to 1, and its gradient moves no mass out of S for its own sake. Without it (the papers'
+    form) each position pushes mass out of S in proportion to its KL, harmless where S has nearly all of it.
+
     Metrics: `kl_to_teacher` = sum_S s_x (log s_x - log t_x), the exact KL where S is the vocabulary; `support_mass` =
     sum_S s_x; `teacher_floored`, entries per token.
     """
@@ -83,6 +90,8 @@ class ReverseKL:
     """K: this many ids from the front of the stored support; None: the stored support must be the whole vocabulary."""
     teacher_logprob_floor: float = -30.0
     """Nats; the lowest log-prob that the teacher is taken at."""
+    tail: bool = False
+    """Whether what lies outside S counts as one outcome more."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Return the loss of each token.
@@ -92,8 +101,12 @@ class ReverseKL:
         """
         support_ids, teacher_logprobs = self._support(inputs)
         mask = inputs.loss_mask
-        logits = _at_least_float32(inputs.logits)
+        logits = at_least_float32(inputs.logits)
         support_logits = logits.gather(-1, support_ids)
+        size = support_ids.shape[-1]
+        if self.tail and size < logits.shape[-1]:
+            support_logits = torch.cat([support_logits, _outside(logits, support_ids)], -1)
+            teacher_logprobs = torch.cat([teacher_logprobs, self._teacher_tails(inputs, size)], -1)
         policy_logprobs = support_logits - logits.logsumexp(-1, keepdim=True)
         allowed = mask[..., None] & (support_logits != -torch.inf)
         policy_logprobs = torch.where(allowed, policy_logprobs, 0)
@@ -111,7 +124,7 @@ class ReverseKL:
             per_token=torch.where(mask, value + surrogate - surrogate.detach(), 0),
             metrics={
                 "kl_to_teacher": (probs * log_ratio).sum(),
-                "support_mass": support_mass.sum(),
+                "support_mass": probs[..., :size].sum(),
                 "teacher_floored": floored.sum(),
             },
         )
@@ -134,6 +147,21 @@ class ReverseKL:
             )
         return inputs.support_ids[..., :size].long(), inputs.support_teacher_logprobs[..., :size]
 
+    @staticmethod
+    def _teacher_tails(inputs: LossInputs, size: int) -> Tensor:
+        """Return [B, T, 1], what the teacher has outside the first `size` ids of the stored support."""
+        if inputs.support_teacher_tails is None or inputs.support_teacher_logprobs is None:
+            raise ValueError("reverse_kl with a tail needs the teacher's mass outside the support, got none")
+        parts = [inputs.support_teacher_logprobs[..., size:], inputs.support_teacher_tails[..., None]]
+        return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
+
+
+def _outside(logits: Tensor, support_ids: Tensor) -> Tensor:
+    """Return [B, T, 1] logsumexp over the complement of the support; -inf, without a gradient, where it has no mass."""
+    outside = logits.scatter(-1, support_ids, -torch.inf)
+    empty = outside.detach().amax(-1, keepdim=True) == -torch.inf
+    return outside.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClippedPolicyGradient:
@@ -149,13 +177,11 @@ class ClippedPolicyGradient:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    temperature: float = 1.0
-    """Of the sampler; logits are divided by it, so that policy and behaviour are the same law."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Return the loss of each token."""
         mask = inputs.loss_mask
-        logits = _at_least_float32(inputs.logits) / self.temperature
+        logits = at_least_float32(inputs.logits)
         chosen = logits.gather(-1, inputs.token_ids.long()[..., None])[..., 0]
         log_normaliser = logits.logsumexp(-1)
         policy_logprobs = torch.where(mask, chosen - log_normaliser, 0)
@@ -177,7 +203,7 @@ class ClippedPolicyGradient:
 
 
 def build_loss(objective: ReverseKLObjective | PolicyGradientObjective, *, temperature: float = 1.0) -> Loss:
-    """Return the loss of a recipe's objective; `temperature` is the sampler's.
+    """Return the loss of a recipe's objective; `temperature` is the sampler's, which its logits must be at.
 
     Raises:
         ValueError: if the temperature is not above 0, or not 1 where a teacher is distilled.
@@ -185,16 +211,15 @@ def build_loss(objective: ReverseKLObjective | PolicyGradientObjective, *, tempe
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
     if isinstance(objective, PolicyGradientObjective):
-        return ClippedPolicyGradient(
-            clip_low=objective.clip_low, clip_high=objective.clip_high, temperature=temperature
-        )
+        return ClippedPolicyGradient(clip_low=objective.clip_low, clip_high=objective.clip_high)
     if temperature != 1.0:
         raise ValueError(f"distillation compares both laws at temperature 1.0, got rollouts at {temperature!r}")
     size = None if objective.support_size == "full" else objective.support_size
-    return ReverseKL(support_size=size, teacher_logprob_floor=objective.teacher_logprob_floor)
+    return ReverseKL(support_size=size, teacher_logprob_floor=objective.teacher_logprob_floor, tail=objective.tail)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return 16-bit logits in float32, others as they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.experience import Rollout
+from actors.experience import Rollout, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class MicroBatch:
     """[B, T, K], or None if a row that trains has no teacher signal."""
     support_teacher_logprobs: Tensor | None
     """[B, T, K] nats, or None likewise."""
+    support_teacher_tails: Tensor | None
+    """[B, T] nats, the teacher's mass outside these ids, or None likewise."""
     rollouts: tuple[tuple[str, int], ...]
     """[B] (prompt_id, sample_index), to name a rollout in an error."""
 
@@ -116,7 +118,7 @@ def build_micro_batch(rows: Sequence[TrainRow], *, support_size: int | None) -> 
         attention_mask[i, : len(tokens)] = 1
 
     masks = [np.full(c.num_tokens, row.trains) for row, c in zip(rows, completions, strict=True)]
-    support_ids, support_teacher_logprobs = _support(rows, starts, width, support_size)
+    support_ids, support_teacher_logprobs, support_teacher_tails = _support(rows, starts, width, support_size)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -126,31 +128,50 @@ def build_micro_batch(rows: Sequence[TrainRow], *, support_size: int | None) -> 
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         support_ids=support_ids,
         support_teacher_logprobs=support_teacher_logprobs,
+        support_teacher_tails=support_teacher_tails,
         rollouts=tuple((row.rollout.prompt.prompt_id, row.rollout.sample_index) for row in rows),
     )
 
 
 def _support(
     rows: Sequence[TrainRow], starts: Sequence[int], width: int, support_size: int | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the teacher's support [B, T, K] of the rows, or None where one that trains has none."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the teacher's support of the rows, ids and log-probs [B, T, K] and tails [B, T]; None where a row that
+    trains has none."""
     ids: list[np.ndarray[Any, Any]] = []
     logprobs: list[np.ndarray[Any, Any]] = []
+    tails: list[np.ndarray[Any, Any]] = []
     for row in rows:
         scores = row.rollout.teacher
         if scores is not None and scores.teacher_logprobs is not None:
             ids.append(scores.support_ids[:, :support_size])
             logprobs.append(scores.teacher_logprobs[:, :support_size])
+            tails.append(_tail(scores, support_size))
         elif row.trains:
-            return None, None
+            return None, None, None
         else:
             ids.append(np.zeros((0, 0)))
             logprobs.append(np.zeros((0, 0)))
+            tails.append(np.zeros(0))
     sizes = {values.shape[1] for values in ids if len(values)}
     if len(sizes) > 1:
         raise ValueError(f"rollouts of one step must store supports of one size, got {sorted(sizes)}")
     size = max(sizes, default=0)
-    return _in_window(ids, starts, width, np.int64, size), _in_window(logprobs, starts, width, np.float32, size)
+    return (
+        _in_window(ids, starts, width, np.int64, size),
+        _in_window(logprobs, starts, width, np.float32, size),
+        _in_window(tails, starts, width, np.float32),
+    )
+
+
+def _tail(scores: TeacherScores, support_size: int | None) -> np.ndarray[Any, Any]:
+    """Return [T], the teacher's log mass outside the first ids of the stored support."""
+    assert scores.teacher_logprobs is not None
+    assert scores.teacher_tail_logprobs is not None
+    if support_size is None:
+        return scores.teacher_tail_logprobs
+    beyond = scores.teacher_logprobs[:, support_size:].astype(np.float64)
+    return np.asarray(np.logaddexp.reduce(np.concatenate([beyond, scores.teacher_tail_logprobs[:, None]], 1), axis=1))
 
 
 def _in_window(

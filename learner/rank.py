@@ -10,6 +10,7 @@ import ray
 import torch
 
 from actors.experience import rollouts_from_arrow
+from actors.head import Head
 from actors.weights import PolicyWeights, pack_bucket
 from learner.batcher import TrainBatch
 from learner.config import LearnerSection
@@ -52,7 +53,7 @@ class LearnerRank:
         model_folder: of the student, on a disk that this rank's machine sees.
         rollouts_per_step: N of every batch.
         num_steps: of the whole run, for the learning rate's schedule.
-        temperature: of the sampler.
+        head: how the sampler read the logits, and so does the loss.
 
     Raises:
         ValueError: if N rollouts do not fill whole micro-batches on all ranks.
@@ -68,7 +69,7 @@ class LearnerRank:
         model_folder: str,
         rollouts_per_step: int,
         num_steps: int,
-        temperature: float = 1.0,
+        head: Head,
     ) -> None:
         torch.set_num_threads(section.threads)
         self._name = name
@@ -78,7 +79,8 @@ class LearnerRank:
         self._model_folder = model_folder
         self._num_micro_batches = rollouts_per_step // section.rollouts_per_round
         self._num_steps = num_steps
-        self._loss = build_loss(section.objective, temperature=temperature)
+        self._loss = build_loss(section.objective, temperature=head.temperature)
+        self._head = head
         self._engine: DeepSpeedEngine | None = None
 
     def __repr__(self) -> str:
@@ -112,6 +114,7 @@ class LearnerRank:
             self._section,
             num_micro_batches=self._num_micro_batches,
             num_steps=self._num_steps,
+            head=self._head,
             device=device,
         )
 

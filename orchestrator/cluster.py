@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray._private.worker import BaseContext
 
+from actors.config import BlenderSection, PoolSection
 from orchestrator.config import ClusterSection
 from orchestrator.errors import UserError
 from orchestrator.recipe import Recipe
@@ -93,8 +94,10 @@ def _check_reachable(setting: str, address: str) -> None:
 
 def needs(recipe: Recipe) -> list[Need]:
     """Return what the recipe's actors reserve together, the queue aside, which reserves nothing."""
-    # In a vLLM engine the blending happens in the engine's worker.
-    blending = recipe.blending if recipe.engine.type == "torch" else None
+    # Where both models share an engine, the blending happens there.
+    section = recipe.blending
+    blending = section if isinstance(section, BlenderSection) and section.layout == "actors" else None
+    pools: list[tuple[str, PoolSection | None]]
     pools = [("students", recipe.students), ("teachers", recipe.teachers), ("blending", blending)]
     found = [
         Need(setting=name, num_actors=pool.num_actors, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)

@@ -18,30 +18,37 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
-from actors.config import BlendingSection, ModelPoolSection
+from actors.behaviours import Behaviour, StudentAlone
+from actors.config import BlenderSection, ModelPoolSection
 from actors.engines.build import EngineSpec
 from actors.engines.errors import LostSequenceError
+from actors.experience import LEARNED_COLUMNS
+from actors.head import Head
 from actors.pools import Pool
 from actors.sampling import (
     AnnealedSampler,
+    BlendedSampler,
     OneEngineSampler,
     PlainSampler,
     RolloutRef,
     SampleJob,
     Sampler,
-    TrustRegionSampler,
 )
+from actors.speculation import SideLostError
 from actors.weights import PolicyWeights
+from orchestrator.cold_start import cold_start
 from orchestrator.failures import root_cause
 from orchestrator.models import model_location
 from orchestrator.prompts import build_source
 from orchestrator.recipe import Recipe
-from orchestrator.tokenization import PromptEncoder, check_teacher
+from orchestrator.schedules import behaviour_plan
+from orchestrator.tokenization import PromptEncoder, shared_head
 from rewards.grader_actor import GraderActor
 
+COLD_START_PROMPTS = 8
 _ATTEMPTS = 4
 _RETRY_S = 1.0
-_LOST = (RayActorError, ObjectLostError, OutOfMemoryError, LostSequenceError)
+_LOST = (RayActorError, ObjectLostError, OutOfMemoryError, LostSequenceError, SideLostError)
 """What comes of an actor that died on the way."""
 
 
@@ -51,6 +58,8 @@ class Experience:
 
     shards: tuple[RolloutRef, ...]
     """Graded rollouts (actors/experience.py), owned by the queue."""
+    learned: tuple[RolloutRef, ...]
+    """The part of each shard that is learned from (`LEARNED_COLUMNS`)."""
     summaries: tuple[pa.RecordBatch, ...]
     """prompt_id, sample_index, reward, status and num_tokens of each row of the shards."""
     num_retries: int
@@ -65,6 +74,7 @@ class Experience:
 class _Shard:
     job: SampleJob
     graded: RolloutRef
+    learned: RolloutRef
     summary: RolloutRef
     num_retries: int = 0
 
@@ -80,8 +90,8 @@ class ExperienceQueue:
     def __repr__(self) -> str:
         return self._name
 
-    def start(self) -> str:
-        """Check the prompts, start samplers and graders; return the queue's name when they are ready.
+    def start(self) -> Head:
+        """Check the prompts, start samplers and graders; return how logits are read when they are ready.
 
         Raises:
             UserError: for models or prompts that cannot be used.
@@ -92,10 +102,10 @@ class ExperienceQueue:
             stop_token=recipe.rollouts.stop_token,
             max_prompt_tokens=recipe.rollouts.max_prompt_tokens,
         )
-        check_teacher(recipe, self._encoder)
+        head = shared_head(recipe, self._encoder)
         self._source = build_source(recipe.data, recipe.seed)
         self._encoder.encode(list(self._source.everything()))
-        self._sampler = build_sampler(recipe, self._encoder.stop_token_id)
+        self._sampler = build_sampler(recipe, head)
         section = self._recipe.graders
         self._graders = Pool(
             "grader",
@@ -106,17 +116,22 @@ class ExperienceQueue:
         )
         self._sampler.start()
         self._graders.wait()
-        return self._name
+        return head
 
-    def request(self, index: int, weights: PolicyWeights, epsilon: float) -> None:
-        """Send batch `index` to be sampled with these weights at this budget."""
+    def compare_models(self, weights: PolicyWeights) -> str:
+        """Sample a few prompts and say how near student and teacher are before the first step."""
+        prompts = self._encoder.encode(self._source.training(0, COLD_START_PROMPTS))
+        return cold_start(self._sampler, prompts, weights)
+
+    def request(self, index: int, weights: PolicyWeights, behaviour: Behaviour) -> None:
+        """Send batch `index` to be sampled with these weights by this behaviour policy."""
         rollouts = self._recipe.rollouts
         prompts = self._source.training(index * rollouts.prompts_per_step, rollouts.prompts_per_step)
         job = SampleJob(
             prompts=self._encoder.encode(prompts),
             group_size=rollouts.group_size,
             weights=weights,
-            epsilon=epsilon,
+            behaviour=behaviour,
             max_new_tokens=rollouts.max_new_tokens,
             least_shards=self._recipe.graders.num_actors,
         )
@@ -136,7 +151,7 @@ class ExperienceQueue:
             prompts=self._encoder.encode(self._source.held_out(section.num_prompts)),
             group_size=section.num_samples,
             weights=weights,
-            epsilon=0.0,
+            behaviour=StudentAlone(),
             max_new_tokens=rollouts.max_new_tokens,
         )
         began = time.monotonic()
@@ -155,14 +170,16 @@ class ExperienceQueue:
         refs = sample(job)
         shards = []
         for i, (part, rollouts) in enumerate(zip(job.split(len(refs)), refs, strict=True)):
-            graded, summary = self._graders[i].grade.options(num_returns=2).remote(rollouts)
-            shards.append(_Shard(job=part, graded=graded, summary=summary))
+            grade = self._graders[i].grade.options(num_returns=3)
+            graded, learned, summary = grade.remote(rollouts, LEARNED_COLUMNS)
+            shards.append(_Shard(job=part, graded=graded, learned=learned, summary=summary))
         return shards
 
     def _collect(self, began: float, shards: Sequence[_Shard], sample: Any) -> Experience:
         done = [piece for shard in shards for piece in self._finished(shard, sample)]
         return Experience(
             shards=tuple(shard.graded for shard, _ in done),
+            learned=tuple(shard.learned for shard, _ in done),
             summaries=tuple(summary for _, summary in done),
             num_retries=sum(shard.num_retries for shard, _ in done),
             sampling_s=time.monotonic() - began,
@@ -183,36 +200,30 @@ class ExperienceQueue:
             return [piece for part in again for piece in self._finished(part, sample)]
 
 
-def build_sampler(recipe: Recipe, stop_token_id: int) -> Sampler:
+def build_sampler(recipe: Recipe, head: Head) -> Sampler:
     """Return the sampler that the recipe describes."""
-    student = _engine_spec(recipe, recipe.students, stop_token_id)
+    student = _engine_spec(recipe, recipe.students, head)
     if recipe.teachers is None:
         return PlainSampler(recipe.students, student)
-    teacher = _engine_spec(recipe, recipe.teachers, stop_token_id)
+    teacher = _engine_spec(recipe, recipe.teachers, head)
     plain = PlainSampler(recipe.students, student, recipe.teachers, teacher)
-    if recipe.blending is None or recipe.blending.epsilon == 0:
+    section = recipe.blending
+    if not isinstance(section, BlenderSection) or isinstance(behaviour_plan(section, recipe.rollouts)(0), StudentAlone):
         return plain
-    return AnnealedSampler(_blended(recipe, recipe.blending, plain, student, teacher), plain)
+    if section.layout == "one_engine":
+        return AnnealedSampler(OneEngineSampler(recipe.students, student, teacher.model, section), plain)
+    return AnnealedSampler(BlendedSampler(plain, section, student), plain)
 
 
-def _blended(
-    recipe: Recipe, section: BlendingSection, plain: PlainSampler, student: EngineSpec, teacher: EngineSpec
-) -> TrustRegionSampler | OneEngineSampler:
-    if recipe.engine.type == "vllm":
-        return OneEngineSampler(recipe.students, student, teacher.model, section)
-    return TrustRegionSampler(plain, section, student)
-
-
-def _engine_spec(recipe: Recipe, pool: ModelPoolSection, stop_token_id: int) -> EngineSpec:
+def _engine_spec(recipe: Recipe, pool: ModelPoolSection, head: Head) -> EngineSpec:
     rollouts = recipe.rollouts
     size = None if rollouts.support_size == "full" else rollouts.support_size
     return EngineSpec(
         section=recipe.engine,
         model=model_location(pool.model),
         seed=recipe.seed,
-        stop_token_id=stop_token_id,
+        head=head,
         support_size=size if recipe.teachers is not None else 0,
-        temperature=rollouts.temperature,
         max_model_len=rollouts.max_prompt_tokens + rollouts.max_new_tokens,
         on_gpu=pool.num_gpus > 0,
     )

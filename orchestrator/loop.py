@@ -5,8 +5,8 @@
        +----------------------- weights of a new version ----------------+
 
 Batch i is learned from at step i and may be requested as soon as the policy is at most `max_staleness` steps behind
-i. At 0 each batch is sampled from the very weights that then learn from it. The budget of batch i is the schedule's
-at i.
+i. At 0 each batch is sampled from the very weights that then learn from it. Which behaviour policy samples batch i (TRB
+at the budget of step i, say) is the plan's at i.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ def train(run: "Run") -> None:
     run.evaluator.before(run.first_step, weights)
     for step in run.steps():
         for index in run.admitted(step):
-            run.queue.request(index, weights, epsilon=run.budget(index))
+            run.queue.request(index, weights, run.behaviour(index))
         experience = run.queue.take(step)
         batch, grades = run.pack(step, experience)
         report = run.learner.step(batch)

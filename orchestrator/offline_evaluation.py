@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 import pyarrow as pa
@@ -11,9 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.config import TorchEngineSection, VllmEngineSection
-from actors.engines.build import EngineSpec, build_engine
-from actors.engines.protocol import SequenceRequest
-from actors.experience import Prompt
+from actors.engines.environment import engine_environment
 from orchestrator.config import AdditionData, CountdownData, DataSection, FileData
 from orchestrator.errors import UserError
 from orchestrator.evaluation import Evaluation, evaluate
@@ -22,6 +21,9 @@ from orchestrator.prompts import PromptText, build_source, read_prompts
 from rewards.config import GradersSection
 from rewards.grade import Grade
 from rewards.graders import Graders, require_task
+
+if TYPE_CHECKING:
+    from actors.experience import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ def print_evaluation(request: EvaluationRequest) -> None:
     check_model("CHECKPOINT", request.checkpoint)
     make_models(request.checkpoint)
     # Threads and engine settings are read when torch and vLLM are first imported, which is below.
-    os.environ.update(_spec(request, stop_token_id=0, max_prompt_tokens=1).environment)
+    os.environ.update(engine_environment(_engine(request)))
     from orchestrator.tokenization import PromptEncoder
 
     encoder = PromptEncoder(request.checkpoint, stop_token=None, max_prompt_tokens=sys.maxsize, setting="CHECKPOINT")
@@ -66,16 +68,29 @@ def print_evaluation(request: EvaluationRequest) -> None:
     _print(request, evaluate([_summary([prompt for prompt, _ in rows], grades)], ks))
 
 
-def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id: int) -> list[list[str]]:
+def _sample(request: EvaluationRequest, prompts: "Sequence[Prompt]", stop_token_id: int) -> list[list[str]]:
     """Return the texts of each prompt's samples."""
     from transformers.utils import logging
 
+    from actors.engines.build import EngineSpec, build_engine
+    from actors.engines.protocol import SequenceRequest
+    from actors.head import Head
     from actors.tokenizer import load_tokenizer
 
     logging.disable_progress_bar()
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    spec = _spec(request, stop_token_id=stop_token_id, max_prompt_tokens=longest)
-    engine = build_engine(spec)
+    location = model_location(request.checkpoint)
+    engine = build_engine(
+        EngineSpec(
+            section=_engine(request),
+            model=location,
+            seed=request.seed,
+            head=Head(stop_token_ids=(stop_token_id,)),
+            support_size=0,
+            max_model_len=longest + request.max_new_tokens,
+            on_gpu=request.device == "cuda",
+        )
+    )
     try:
         generations = engine.generate(
             [
@@ -91,23 +106,13 @@ def _sample(request: EvaluationRequest, prompts: Sequence[Prompt], stop_token_id
         )
     finally:
         engine.shutdown()
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(location)
     texts = tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
     return [texts[i : i + request.num_samples] for i in range(0, len(texts), request.num_samples)]
 
 
-def _spec(request: EvaluationRequest, *, stop_token_id: int, max_prompt_tokens: int) -> EngineSpec:
-    section = VllmEngineSection() if request.engine == "vllm" else TorchEngineSection()
-    return EngineSpec(
-        section=section,
-        model=model_location(request.checkpoint),
-        seed=request.seed,
-        stop_token_id=stop_token_id,
-        support_size=0,
-        temperature=1.0,
-        max_model_len=max_prompt_tokens + request.max_new_tokens,
-        on_gpu=request.device == "cuda",
-    )
+def _engine(request: EvaluationRequest) -> TorchEngineSection | VllmEngineSection:
+    return VllmEngineSection() if request.engine == "vllm" else TorchEngineSection()
 
 
 def _pass_at(request: EvaluationRequest) -> list[int]:
@@ -138,7 +143,7 @@ def _held_out(request: EvaluationRequest) -> list[PromptText]:
     return build_source(generated[request.task], request.seed).held_out(request.num_prompts)
 
 
-def _summary(prompts: Sequence[Prompt], grades: Sequence[Grade]) -> pa.RecordBatch:
+def _summary(prompts: "Sequence[Prompt]", grades: Sequence[Grade]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(
         {
             "prompt_id": [prompt.prompt_id for prompt in prompts],

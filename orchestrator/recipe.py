@@ -7,7 +7,15 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from actors.config import BlendingSection, EngineSection, ModelPoolSection, RolloutsSection, TorchEngineSection
+from actors.config import (
+    BlenderSection,
+    BlendingSection,
+    EngineSection,
+    InterleavedInjectionSection,
+    ModelPoolSection,
+    RolloutsSection,
+    TorchEngineSection,
+)
 from learner.config import LearnerSection
 from orchestrator import plain_yaml
 from orchestrator.config import (
@@ -60,14 +68,18 @@ class Recipe(Section):
         """Reverse KL and blending are relative to a teacher."""
         if self.teachers is None and self.learner.objective.type == "reverse_kl":
             raise ValueError("teachers.model must name a teacher, since learner.objective.type is reverse_kl; got none")
-        if self.teachers is None and self.blending is not None:
+        if self.teachers is None and isinstance(self.blending, BlenderSection):
             raise ValueError("teachers.model must name a teacher, since there is a blending section; got none")
         return self
 
     @model_validator(mode="after")
     def a_teacher_has_a_use(self) -> Self:
         """A teacher that nothing asks would only take memory."""
-        if self.teachers is not None and self.blending is None and self.learner.objective.type != "reverse_kl":
+        if (
+            self.teachers is not None
+            and not isinstance(self.blending, BlenderSection)
+            and self.learner.objective.type != "reverse_kl"
+        ):
             raise ValueError(
                 "teachers must be left out, since nothing uses it: learner.objective.type is "
                 f"{self.learner.objective.type} and there is no blending section"
@@ -99,9 +111,31 @@ class Recipe(Section):
     @model_validator(mode="after")
     def distillation_samples_at_temperature_one(self) -> Self:
         """The teacher's scores made while blending are the ones the loss uses, and the loss is at temperature 1."""
-        if self.teachers is not None and self.rollouts.temperature != 1.0:
+        if self.learner.objective.type == "reverse_kl" and self.rollouts.temperature != 1.0:
             raise ValueError(
-                f"rollouts.temperature must be 1.0 when there is a teacher, got {self.rollouts.temperature}"
+                "rollouts.temperature must be 1.0 when learner.objective.type is reverse_kl, got "
+                f"{self.rollouts.temperature}; blending: {{type: temperature_warmup}} warms up at another one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_blend_needs_whole_laws(self) -> Self:
+        """A token that a truncated teacher forbids has no mass in mu either, so no budget could ever be spent."""
+        rollouts = self.rollouts
+        if isinstance(self.blending, BlenderSection) and (rollouts.top_p < 1 or rollouts.top_k is not None):
+            name, came = ("top_p", rollouts.top_p) if rollouts.top_p < 1 else ("top_k", rollouts.top_k)
+            raise ValueError(
+                f"rollouts.{name} must be left out while two models are blended, got {came}: where the teacher's law "
+                "is cut, the blend has no mass, and the trust region would switch itself off"
+            )
+        if (
+            isinstance(self.blending, InterleavedInjectionSection)
+            and rollouts.support_size != "full"
+            and not (self.engine.type == "vllm" and self.blending.layout == "one_engine")
+        ):
+            raise ValueError(
+                "rollouts.support_size must be full when blending.type is skd, since it asks for the teacher's "
+                f"likeliest tokens; got {rollouts.support_size}"
             )
         return self
 

@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from actors.behaviours import Behaviour, StudentAlone
+from actors.head import Head
 from actors.weights import PolicyWeights
 from learner.batcher import Batcher, TrainBatch
 from learner.config import PolicyGradientObjective
@@ -24,7 +26,7 @@ from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
 from orchestrator.rollout_metrics import rollout_metrics
 from orchestrator.run_folder import RunFolder
-from orchestrator.schedules import Constant, LinearAnneal, Schedule
+from orchestrator.schedules import behaviour_plan
 from orchestrator.sinks import Sinks
 
 
@@ -35,11 +37,17 @@ class Queue:
         actor_class: Any = ray.remote(ExperienceQueue)
         self._actor = actor_class.options(name="experience-queue", num_cpus=0).remote("experience-queue", recipe)
         self._requests: dict[int, Any] = {}
-        ray.get(self._actor.start.remote())
+        self.head: Head = ray.get(self._actor.start.remote())
+        """How student and teacher are read as laws."""
 
-    def request(self, index: int, weights: PolicyWeights, *, epsilon: float) -> None:
+    def request(self, index: int, weights: PolicyWeights, behaviour: Behaviour) -> None:
         """Send batch `index` to be sampled; returns at once."""
-        self._requests[index] = self._actor.request.remote(index, weights, epsilon)
+        self._requests[index] = self._actor.request.remote(index, weights, behaviour)
+
+    def compare_models(self, weights: PolicyWeights) -> str:
+        """Say how near student and teacher are."""
+        line: str = ray.get(self._actor.compare_models.remote(weights))
+        return line
 
     def take(self, index: int) -> Experience:
         """Wait for batch `index`."""
@@ -114,29 +122,31 @@ class Run:
     def _start(self, *, resume: bool) -> None:
         recipe, began = self.recipe, time.monotonic()
         check_room(recipe)
+        self.queue = Queue(located(recipe))
+        self._closing.callback(self.queue.close)
         self.learner = LearnerGroup(
             recipe.learner,
             model_folder=model_location(recipe.students.model),
             rollouts_per_step=recipe.rollouts.rollouts_per_step,
             num_steps=recipe.training.num_steps,
             namespace=ray.get_runtime_context().namespace,
-            temperature=recipe.rollouts.temperature,
+            head=self.queue.head,
         )
         self._closing.callback(self.learner.close)
-        self.queue = Queue(located(recipe))
-        self._closing.callback(self.queue.close)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoints, self.learner)
         self.first_step = self.checkpoints.load_latest() if resume else 0
         self.folder.forget_after(self.first_step)
         self._steps_taken = self.first_step
         self._requested = self.first_step
-        self.budget = build_schedule(recipe)
+        self.behaviour = behaviour_plan(recipe.blending, recipe.rollouts)
         self._batcher = Batcher(objective=recipe.learner.objective)
         self.sinks = Sinks(self.folder, self.folder.path.name, self.first_step)
         self._closing.callback(self.sinks.close)
         self.evaluator = Evaluator(recipe, self.queue, self.sinks, self.progress)
-        self._changeover_told = resume and self.budget(self.first_step) == 0
+        self._changeover_told = resume and not self._blends(self.first_step)
         self.progress.say(f"actors ready in {time.monotonic() - began:.0f} s")
+        if recipe.teachers is not None and not resume:
+            self.progress.say(self.queue.compare_models(PolicyWeights(policy_version=0, buckets=())))
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to be taken, until the last or until the run is told to stop."""
@@ -158,9 +168,9 @@ class Run:
         While a batch was sampled from mu its pass rate is mu's and not the student's, so no focal weight is applied.
         """
         batcher, objective = self._batcher, self.recipe.learner.objective
-        if isinstance(objective, PolicyGradientObjective) and self.budget(step) > 0:
+        if isinstance(objective, PolicyGradientObjective) and self._blends(step):
             batcher = Batcher(objective=objective.model_copy(update={"focal_gamma": 0.0}))
-        return batcher.pack(step, experience.shards, experience.summaries)
+        return batcher.pack(step, experience.learned, experience.summaries)
 
     def record(self, step: int, experience: Experience, grades: Mapping[str, float], report: StepReport) -> None:
         """Write down a step: rollouts, metrics, progress."""
@@ -169,7 +179,7 @@ class Run:
         step_s = time.monotonic() - self._step_began
         metrics = {
             **grades,
-            **rollout_metrics(shards, step, self.budget(step)),
+            **rollout_metrics(shards, step),
             **{f"loss/{name}": value for name, value in report.metrics.items()},
             "loss/mean": report.loss,
             "learner/grad_norm": report.grad_norm,
@@ -180,11 +190,12 @@ class Run:
             "time/sampling_s": experience.sampling_s,
             "time/tokens_per_s": report.num_tokens / step_s,
         }
-        if experience.changeover_s is not None and self.budget(step) == 0 and not self._changeover_told:
+        if experience.changeover_s is not None and not self._blends(step) and not self._changeover_told:
             self._changeover_told = True
             metrics["time/changeover_s"] = experience.changeover_s
             self.progress.say(
-                f"the budget is 0: plain student rollouts from here on, changed over in {experience.changeover_s:.1f} s"
+                "the warmup is over: plain student rollouts from here on, changed over in "
+                f"{experience.changeover_s:.1f} s"
             )
         self.sinks.write_step(step, metrics)
         self.progress.step(step, metrics)
@@ -195,6 +206,10 @@ class Run:
         if not self._stop.requested:
             self.evaluator.after(self._steps_taken, weights)
         self.progress.say(f"model: {saved / 'model'}")
+
+    def _blends(self, step: int) -> bool:
+        """Whether the batch of a step is sampled from a blend of student and teacher."""
+        return not isinstance(self.behaviour(step), StudentAlone)
 
     def close(self) -> None:
         """End all actors; what was written stays."""
@@ -222,13 +237,3 @@ def started(
         with suppress(OSError):  # a full disk may be what failed
             (folder.path / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
         raise
-
-
-def build_schedule(recipe: Recipe) -> Schedule:
-    """Return the KL budget of each step."""
-    section = recipe.blending
-    if section is None:
-        return Constant(epsilon=0.0)
-    if section.schedule == "constant":
-        return Constant(epsilon=section.epsilon)
-    return LinearAnneal(start=section.epsilon, num_steps=section.warmup_steps)

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.meter import unmetered
 from orchestrator.errors import RunError, UserError
 from orchestrator.recipe import Recipe, recipe_from
 
@@ -102,7 +103,9 @@ class RunFolder:
         file = self.path / "rollouts" / f"step_{step:06d}.parquet"
         draft = file.with_suffix(".tmp")
         try:
-            pq.write_table(pa.Table.from_batches(shards), draft, compression="zstd")
+            # What it took to sample them is in the metrics; the rollouts themselves repeat to the bit.
+            table = pa.Table.from_batches([unmetered(shard) for shard in shards])
+            pq.write_table(table, draft, compression="zstd")
             draft.replace(file)
         except OSError as error:
             draft.unlink(missing_ok=True)

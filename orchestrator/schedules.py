@@ -1,7 +1,20 @@
-"""How the KL budget changes with the step."""
+"""How the behaviour policy changes with the step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from actors.behaviours import Behaviour, FixedBeta, InterleavedInjection, StudentAlone, TrustRegion
+from actors.config import (
+    FixedBetaSection,
+    InterleavedInjectionSection,
+    RolloutsSection,
+    TemperatureWarmupSection,
+    TrustRegionSection,
+)
+from actors.head import Decoding
+
+BlendingSection = TrustRegionSection | FixedBetaSection | InterleavedInjectionSection | TemperatureWarmupSection
 
 
 class Schedule(Protocol):
@@ -48,3 +61,41 @@ class Constant:
     def __call__(self, step: int) -> float:
         """Return epsilon, whatever the step."""
         return self.epsilon
+
+
+def behaviour_plan(section: BlendingSection | None, rollouts: RolloutsSection) -> Callable[[int], Behaviour]:
+    """Return which behaviour policy each batch is sampled with, by the step that learns from it.
+
+    Every plan ends with the student alone, as the recipe's rollouts have it, unless its warmup has no end.
+    """
+    alone = StudentAlone(decoding=Decoding(top_k=rollouts.top_k, top_p=rollouts.top_p))
+
+    def trust_region(step: int) -> Behaviour:
+        assert isinstance(section, TrustRegionSection)
+        schedule: Schedule = Constant(epsilon=section.epsilon)
+        if section.schedule == "linear":
+            schedule = LinearAnneal(start=section.epsilon, num_steps=section.warmup_steps)
+        epsilon = schedule(step)
+        return TrustRegion(epsilon=epsilon) if epsilon > 0 else alone
+
+    def fixed_beta(step: int) -> Behaviour:
+        assert isinstance(section, FixedBetaSection)
+        return FixedBeta(beta=section.beta) if step < section.warmup_steps else alone
+
+    def injection(step: int) -> Behaviour:
+        assert isinstance(section, InterleavedInjectionSection)
+        if section.warmup_steps is not None and step >= section.warmup_steps:
+            return alone
+        return InterleavedInjection(top_k=section.top_k, temperature=section.temperature)
+
+    def temperature(step: int) -> Behaviour:
+        assert isinstance(section, TemperatureWarmupSection)
+        left = max(0.0, 1 - step / section.warmup_steps) if section.warmup_steps else 0.0
+        decoding = Decoding(temperature=1 + (section.start - 1) * left, top_k=rollouts.top_k, top_p=rollouts.top_p)
+        return StudentAlone(decoding=decoding)
+
+    plans: dict[type, Callable[[int], Behaviour]] = {
+        TrustRegionSection: trust_region, FixedBetaSection: fixed_beta,
+        InterleavedInjectionSection: injection, TemperatureWarmupSection: temperature,
+    }  # fmt: skip
+    return plans.get(type(section), lambda step: alone)

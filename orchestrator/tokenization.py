@@ -1,4 +1,4 @@
-"""From prompt texts to token ids, and which token ends a completion."""
+"""From prompt texts to token ids, which tokens end a completion, and what vocabulary student and teacher share."""
 
 import json
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from actors.experience import Prompt
+from actors.head import Head
 from actors.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.models import compare_settings, compare_vocabularies, model_location
+from orchestrator.models import compare_vocabularies, model_location
 from orchestrator.prompts import PromptText
 from orchestrator.recipe import Recipe
 
@@ -30,6 +31,11 @@ class PromptEncoder:
         self._model, self._setting, self._max_prompt_tokens = model, setting, max_prompt_tokens
         self._tokenizer = _tokenizer(setting, model)
         self.stop_token_id = self._stop_token_id(stop_token)
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        """The token that the tokenizer itself ends texts with."""
+        return None if self._tokenizer.eos_token_id is None else int(self._tokenizer.eos_token_id)
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -79,17 +85,29 @@ class PromptEncoder:
         return int(token_id)
 
 
-def check_teacher(recipe: Recipe, encoder: PromptEncoder) -> None:
-    """Raise a UserError unless the recipe's teacher speaks the student's vocabulary and ends texts as it does."""
+def shared_head(recipe: Recipe, encoder: PromptEncoder) -> Head:
+    """Return how student and teacher are read as laws over one vocabulary with one stop event.
+
+    The student's stop token is the one emitted. Where there is a teacher, the end-of-text tokens of both models count
+    as it, and ids beyond the narrower of both models' heads are padding that neither draws.
+
+    Raises:
+        UserError: unless the teacher's tokenizer gives every token the student's id.
+    """
+    stops, temperature = [encoder.stop_token_id], recipe.rollouts.temperature
     if recipe.teachers is None:
-        return
+        return Head(stop_token_ids=tuple(stops), temperature=temperature)
     teacher = _tokenizer("teachers.model", recipe.teachers.model)
+    widths = [_vocab_size(model) for model in (recipe.students.model, recipe.teachers.model)]
     compare_vocabularies(encoder.vocabulary, teacher.get_vocab(), recipe)
-    if recipe.rollouts.stop_token is None:
-        compare_settings("eos_token_id", encoder.stop_token_id, teacher.eos_token_id, recipe)
-    models = (recipe.students.model, recipe.teachers.model)
-    sizes = [_vocab_size(model) for model in models]
-    compare_settings("vocab_size", sizes[0], sizes[1], recipe)
+    for token_id in (encoder.end_of_text_id, teacher.eos_token_id):
+        if token_id is not None and token_id not in stops and token_id < min(widths):
+            stops.append(int(token_id))
+    return Head(
+        stop_token_ids=tuple(stops),
+        vocab_size=None if widths[0] == widths[1] else min(widths),
+        temperature=temperature,
+    )
 
 
 def _vocab_size(model: str) -> int:

@@ -1,6 +1,6 @@
 """The grader as an actor: Arrow rollouts in, the same rollouts with their grades out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +30,15 @@ def summary(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
+def with_only(batch: pa.RecordBatch, columns: Collection[str]) -> pa.RecordBatch:
+    """Return the batch with nulls in all other columns, so that only these are sent to whoever reads it."""
+    kept = [
+        batch.column(name) if name in columns else pa.nulls(batch.num_rows, batch.schema.field(name).type)
+        for name in batch.schema.names
+    ]
+    return pa.RecordBatch.from_arrays(kept, schema=batch.schema)
+
+
 class GraderActor:
     """Grades batches of rollouts; `ray.remote` is applied where the actors are placed."""
 
@@ -44,19 +53,24 @@ class GraderActor:
         """Return the actor's name."""
         return self._name
 
-    def grade(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-        """Return the batch with its grades, and its `summary`; apart, so that the caller may fetch only the latter.
+    def grade(
+        self, batch: pa.RecordBatch, learned: Collection[str] = ()
+    ) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch]:
+        """Return the batch with its grades, the part of it that is learned from, and its `summary`.
+
+        They are apart so that each is sent only to whoever needs it.
 
         Args:
             batch: has the columns text, task and reference to read, the four of `with_grades` to fill, and those of
                 `summary`.
+            learned: the columns of the learned part.
 
         Raises:
             ValueError: if no grader judges a rollout's task.
         """
         columns = (batch.column(name).to_pylist() for name in ("text", "task", "reference"))
         graded = with_grades(batch, self._graders.grade(list(zip(*columns, strict=True))))
-        return graded, summary(graded)
+        return graded, with_only(graded, learned), summary(graded)
 
     def close(self) -> None:
         """End the worker processes."""

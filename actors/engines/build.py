@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.config import TorchEngineSection, VllmEngineSection
+from actors.engines.environment import engine_environment
 from actors.engines.protocol import Engine
+from actors.head import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +17,10 @@ class EngineSpec:
     model: str
     """A Hugging Face folder or the name of a model on the Hub."""
     seed: int
-    stop_token_id: int
+    head: Head
+    """How its logits are read."""
     support_size: int | None
     """K; None for the whole vocabulary, 0 where no support is wanted."""
-    temperature: float
     max_model_len: int
     """Longest prompt plus longest completion, in tokens."""
     on_gpu: bool
@@ -26,11 +28,7 @@ class EngineSpec:
     @property
     def environment(self) -> Mapping[str, str]:
         """Variables that must be set before the actor's Python starts."""
-        if self.section.type == "vllm":
-            from actors.engines.vllm_engine import environment
-
-            return environment(self.section.threads, self.section.memory_gib)
-        return {"OMP_NUM_THREADS": str(self.section.threads)}
+        return engine_environment(self.section)
 
 
 def build_engine(spec: EngineSpec) -> Engine:
@@ -45,9 +43,8 @@ def build_engine(spec: EngineSpec) -> Engine:
         return VllmEngine(
             model=spec.model,
             seed=spec.seed,
-            temperature=spec.temperature,
+            head=spec.head,
             support_size=spec.support_size,
-            stop_token_id=spec.stop_token_id,
             max_model_len=spec.max_model_len,
             dtype=spec.section.dtype,
             memory_gib=spec.section.memory_gib,
@@ -59,9 +56,8 @@ def build_engine(spec: EngineSpec) -> Engine:
     return TorchEngine(
         model=spec.model,
         seed=spec.seed,
-        stop_token_id=spec.stop_token_id,
+        head=spec.head,
         support_size=spec.support_size,
-        temperature=spec.temperature,
         dtype=spec.section.dtype,
         device="cuda" if spec.on_gpu else "cpu",
         threads=spec.section.threads,

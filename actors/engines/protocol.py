@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from actors.head import PLAIN, Decoding
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,6 +27,8 @@ class SequenceRequest:
     sample_index: int
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+    completion_ids: tuple[int, ...] = ()
+    """Tokens of the completion that are there already; sampling goes on after them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +56,42 @@ class Draft:
         return bool((self.spare_ids >= 0).all())
 
     @property
-    def requested_ids(self) -> Ints:
+    def ids(self) -> "DraftedIds":
+        """What a teacher needs to know."""
+        return DraftedIds(token_ids=self.token_ids, support_ids=self.support_ids, spare_ids=self.spare_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftedIds:
+    """The ids of a `Draft` without their log-probs."""
+
+    token_ids: Ints
+    """[B, k]."""
+    support_ids: Ints
+    """[B, k, K]."""
+    spare_ids: Ints
+    """[B, k], -1 where K = V."""
+
+    @property
+    def requested(self) -> Ints:
         """The ids a teacher is asked for: the support and, where there is a tail, the spare as column K."""
-        return np.concatenate([self.support_ids, self.spare_ids[..., None]], -1) if self.has_tail else self.support_ids
+        if not (self.spare_ids >= 0).all():
+            return self.support_ids
+        return np.concatenate([self.support_ids, self.spare_ids[..., None]], -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftedLogprobs:
+    """The log-probs of a `Draft` without their ids."""
+
+    token_logprobs: Floats
+    """[B, k]."""
+    support_logprobs: Floats
+    """[B, k, K]."""
+    tail_logprobs: Floats
+    """[B, k]."""
+    spare_logprobs: Floats
+    """[B, k]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +113,9 @@ class Generation:
     token_ids: Ints
     """[T], the stop token included where one was drawn."""
     token_logprobs: Floats
-    """[T]."""
+    """[T] under the model."""
+    behaviour_logprobs: Floats
+    """[T] under the law drawn from: the same where the decoding is plain."""
     finish_reason: str
     """'stop' or 'length'."""
     policy_versions: Ints
@@ -89,6 +128,24 @@ class Generation:
     """[T]."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What became of the last draft or score of some sequences, for `commit` or, where they have ended, `close`."""
+
+    sequences: tuple[int, ...]
+    num_accepted: Ints | None = None
+    """[B] drafts kept; None: the sequences are closed."""
+    replacement_ids: Ints | None = None
+    """[B], -1 where none."""
+
+    def apply(self, engine: "SequenceEngine") -> None:
+        """Tell the engine."""
+        if self.num_accepted is None or self.replacement_ids is None:
+            engine.close(self.sequences)
+        else:
+            engine.commit(self.sequences, self.num_accepted, self.replacement_ids)
+
+
 class Engine(Protocol):
     """Generates whole completions and scores finished ones."""
 
@@ -96,8 +153,8 @@ class Engine(Protocol):
     def policy_version(self) -> int:
         """Version of the weights that the next token will be drawn from."""
 
-    def generate(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
-        """Sample every request to its end."""
+    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
+        """Sample every request to its end, as many at once as the engine can; a place that is free is filled."""
 
     def score_completions(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
@@ -114,8 +171,11 @@ class Engine(Protocol):
 class SequenceEngine(Engine, Protocol):
     """Also lets a caller steer each token: draft, score, commit, over one KV cache with exact rollback."""
 
-    def open(self, requests: Sequence[SequenceRequest]) -> list[int]:
-        """Admit sequences and return their handles."""
+    def open(self, requests: Sequence[SequenceRequest], lane: int = 0) -> list[int]:
+        """Admit sequences and return their handles.
+
+        Sequences of one lane are drafted and scored together; lanes take turns without disturbing one another.
+        """
 
     def draft(self, sequences: Sequence[int], num_tokens: int) -> Draft:
         """Propose `num_tokens` tokens for each sequence; nothing is committed."""

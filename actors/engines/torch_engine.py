@@ -1,7 +1,11 @@
-"""The embedded engine: a transformers model with a batched cache and exact rollback, on CPU or GPU."""
+"""The embedded engine: a transformers model with a batched cache and exact rollback, on CPU or GPU.
+
+In the shapes n is the number of rows of a forward, V the size of the shared vocabulary.
+"""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -14,26 +18,60 @@ from transformers import AutoModelForCausalLM
 
 from actors.engines.errors import EngineError, LostSequenceError
 from actors.engines.protocol import Draft, Generation, Ints, Scores, SequenceRequest
-from actors.engines.ragged_cache import RaggedCache
-from actors.random_numbers import Purpose, sample_from_logprobs, uniforms
+from actors.engines.ragged_cache import ATTENTION, RaggedCache
+from actors.engines.torch_columns import Columns, gathered
+from actors.engines.torch_running import Running, text_of, uniforms_from
+from actors.head import PLAIN, Decoding, Head
+from actors.random_numbers import Purpose, prompt_keys, sample_from_logprobs
 
 _SCORE_ELEMENTS = 1 << 25
+"""Logits, tokens times vocabulary, that one forward of `score_completions` may have."""
+_PASS_TOKENS = 1 << 12
+"""Tokens, padding included, of one forward that fills the cache or scores completions."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Sequence:
     """A sequence in the cache. Entries of all its tokens but the last are cached."""
 
     request: SequenceRequest
+    lane: int
     row: int
     last_token: int
     length: int
-    pending: list[int] = field(default_factory=list)
+    pending: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     """Ids of the last draft or score, of which a commit keeps a prefix."""
 
     @property
     def num_new_tokens(self) -> int:
         return self.length - len(self.request.prompt_ids)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Sequences that are drafted and scored together; they fill rows 0 to n - 1 of a cache of their own."""
+
+    cache: RaggedCache
+    rows: list[_Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The sequences of a call in the order in which they are run: that of their rows where these are neighbours."""
+
+    cache: RaggedCache
+    states: list[_Sequence]
+    rows: slice | Tensor
+    asked: npt.NDArray[np.intp] | None
+    """For each sequence of the call its place in `states`; None where it is the same."""
+
+    def from_call(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Order [n, ...] values of the call as the states are."""
+        return values if self.asked is None else values[np.argsort(self.asked)]
+
+    def to_call(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Order [n, ...] values of the states as the call is."""
+        return values if self.asked is None else values[self.asked]
 
 
 class TorchEngine:
@@ -44,9 +82,8 @@ class TorchEngine:
         *,
         model: str,
         seed: int,
-        stop_token_id: int,
+        head: Head,
         support_size: int | None,
-        temperature: float = 1.0,
         dtype: str = "float32",
         device: str = "cpu",
         threads: int = 1,
@@ -57,22 +94,24 @@ class TorchEngine:
         Args:
             model: a Hugging Face folder, or the name of a model on the Hub.
             seed: of the run's random numbers.
-            stop_token_id: the token that ends a completion.
+            head: how its logits are read.
             support_size: K, how many of the likeliest ids are reported at each position; None for all, 0 for none.
-            temperature: the laws drafted from and reported are softmax(logits / temperature).
+                As many as can be drawn, or more, are all.
             dtype: of the weights; log-probs are always computed in float32.
             device: a torch device.
             threads: CPU threads; 1 makes sums independent of the machine's load.
             max_num_sequences: how many sequences `generate` keeps in the cache at once.
 
         Raises:
-            EngineError: if the model has attention this cache cannot serve.
+            EngineError: if the model has attention this cache cannot serve, or lacks ids that the head has.
         """
         torch.set_num_threads(threads)
         self._device = torch.device(device)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
+        # Only now, because a model that "sdpa" cannot serve is refused above.
+        loaded.set_attn_implementation(ATTENTION)
         self._model = loaded.to(self._device).eval().requires_grad_(False)
         other_attention = set(getattr(loaded.config, "layer_types", None) or ()) - {"full_attention"}
         if other_attention:
@@ -81,11 +120,13 @@ class TorchEngine:
                 "use engine: vllm for this model"
             )
         self._num_layers: int = loaded.config.num_hidden_layers
-        self._vocab_size: int = loaded.config.vocab_size
-        self._seed, self._stop, self._temperature = seed, stop_token_id, temperature
-        self._support_size = self._vocab_size if support_size is None else min(support_size, self._vocab_size)
+        self._vocab_size = _shared_vocabulary(head, loaded.config.vocab_size, model)
+        self._seed, self._head = seed, head
+        drawable = self._vocab_size - max(len(head.stop_token_ids) - 1, 0)
+        self._support_size = self._vocab_size if support_size is None or support_size >= drawable else support_size
         self._max_num_sequences = max_num_sequences
-        self._cache = RaggedCache(self._num_layers)
+        self._lanes: dict[int, _Lane] = {}
+        self._own_cache = RaggedCache(self._num_layers)
         self._sequences: dict[int, _Sequence] = {}
         # Handles of an engine that died and was started again must not be taken for new ones.
         self._handles = count(int.from_bytes(os.urandom(6), "big"))
@@ -96,154 +137,176 @@ class TorchEngine:
         """Version of the weights in use."""
         return self._policy_version
 
-    def open(self, requests: Sequence[SequenceRequest]) -> list[int]:
-        """Admit sequences: run their prompts, all but the last token, through the model."""
-        handles = []
-        for request in requests:
-            handle = next(self._handles)
-            self._sequences[handle] = _Sequence(
-                request=request, row=len(self._sequences), last_token=request.prompt_ids[-1],
-                length=len(request.prompt_ids),
-            )  # fmt: skip
-            handles.append(handle)
-        longest = max((len(r.prompt_ids) for r in requests), default=1) - 1
-        if longest:
-            padded = torch.zeros(len(requests), longest, dtype=torch.long)
-            for i, request in enumerate(requests):
-                padded[i, : len(request.prompt_ids) - 1] = torch.tensor(request.prompt_ids[:-1])
-            positions = torch.arange(longest).expand(len(requests), -1)
-            self._forward(handles, padded, positions, logits_to_keep=1)
+    @torch.inference_mode()
+    def open(self, requests: Sequence[SequenceRequest], lane: int = 0) -> list[int]:
+        """Admit sequences to a lane: run all their tokens but the last through the model."""
+        into = self._lanes.setdefault(lane, _Lane(RaggedCache(self._num_layers)))
+        handles = [next(self._handles) for _ in requests]
+        for i in self._prefill(into.cache, len(into.rows), requests):
+            text = text_of(requests[i])
+            state = _Sequence(request=requests[i], lane=lane, row=len(into.rows), last_token=text[-1], length=len(text))
+            self._sequences[handles[i]] = state
+            into.rows.append(state)
         return handles
 
     @torch.inference_mode()
     def draft(self, sequences: Sequence[int], num_tokens: int) -> Draft:
         """Draw `num_tokens` tokens for each sequence, one forward each; nothing is committed."""
-        steps = []
-        states = self._states(sequences)
-        tokens = torch.tensor([state.last_token for state in states])
-        for state in states:
-            state.pending = []
+        batch = self._batch(sequences)
+        tokens, positions = self._last(batch)
+        uniforms = self._uniforms(batch.states, num_tokens, Purpose.TOKEN)
+        spares = self._uniforms(batch.states, num_tokens, Purpose.SPARE) if self._has_tail else None
+        columns = Columns(self._support_size, self._vocab_size)
         for i in range(num_tokens):
-            positions = torch.tensor([[state.length - 1 + i] for state in states])
-            logprobs = self._logprobs(self._forward(sequences, tokens[:, None], positions))[:, 0]
-            tokens = sample_from_logprobs(logprobs, self._uniforms(states, i, Purpose.TOKEN)).cpu()
-            for state, token in zip(states, tokens.tolist(), strict=True):
-                state.pending.append(token)
-            steps.append((tokens, *self._support(logprobs, tokens, states, i)))
-        columns = [torch.stack(parts, dim=1) for parts in zip(*steps, strict=True)]
-        ids, token_logprobs, support_ids, support_logprobs, tail, spare, spare_logprobs = columns
-        return Draft(
-            token_ids=_ints(ids),
-            token_logprobs=_floats(token_logprobs),
-            support_ids=_ints(support_ids),
-            support_logprobs=_floats(support_logprobs),
-            tail_logprobs=_floats(tail),
-            spare_ids=_ints(spare),
-            spare_logprobs=_floats(spare_logprobs),
-        )
+            logprobs = self._logprobs(self._forward(batch.cache, batch.rows, tokens[:, None], positions + i))[:, 0]
+            tokens = sample_from_logprobs(logprobs, uniforms[i])
+            columns.add(tokens, logprobs, spare_uniforms=None if spares is None else spares[i])
+        told: dict[str, Any] = {
+            name: batch.to_call(column.reshape(num_tokens, len(sequences), *column.shape[1:]).swapaxes(0, 1))
+            for name, column in columns.collect().items()
+            if name != "behaviour_logprobs"
+        }
+        for handle, row in zip(sequences, told["token_ids"], strict=True):
+            self._sequences[handle].pending = row
+        return Draft(**told)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[int], draft_ids: Ints, support_ids: Ints) -> Scores:
         """Score all k drafted tokens of each sequence in one forward; nothing is committed."""
-        states = self._states(sequences)
-        drafts = torch.from_numpy(np.asarray(draft_ids, dtype=np.int64))
-        for state, row in zip(states, drafts.tolist(), strict=True):
-            state.pending = row
-        last = torch.tensor([[state.last_token] for state in states])
-        starts = torch.tensor([[state.length - 1] for state in states])
-        inputs = torch.cat([last, drafts[:, :-1]], dim=1)
-        logprobs = self._logprobs(self._forward(sequences, inputs, starts + torch.arange(inputs.shape[1])))
-        return _scores(logprobs, drafts, torch.from_numpy(np.asarray(support_ids, dtype=np.int64)))
+        batch = self._batch(sequences)
+        drafted, num_tokens = np.asarray(draft_ids), np.shape(draft_ids)[1]
+        last, starts = self._last(batch)
+        drafts = self._ids(batch.from_call(drafted))
+        inputs = torch.cat([last[:, None], drafts[:, :-1]], dim=1)
+        positions = starts + torch.arange(num_tokens, device=self._device)
+        logprobs = self._logprobs(self._forward(batch.cache, batch.rows, inputs, positions))
+        scores = gathered(logprobs, drafts, self._ids(batch.from_call(np.asarray(support_ids))))
+        for handle, row in zip(sequences, drafted, strict=True):
+            self._sequences[handle].pending = row
+        return Scores(
+            token_logprobs=batch.to_call(scores.token_logprobs),
+            support_logprobs=batch.to_call(scores.support_logprobs),
+            tail_logprobs=batch.to_call(scores.tail_logprobs),
+        )
 
     def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
         """Keep a prefix of each pending draft and append the replacement, if there is one."""
         for state, accepted, replacement in zip(
             self._states(sequences), num_accepted.tolist(), replacement_ids.tolist(), strict=True
         ):
-            kept = state.pending[:accepted] + ([replacement] if replacement >= 0 else [])
-            if kept:
-                state.last_token = kept[-1]
-                state.length += len(kept)
-            state.pending = []
+            # The last drafted token has not been run: there is no entry of it for a replacement to follow.
+            assert accepted + (replacement >= 0) <= len(state.pending)
+            if replacement >= 0:
+                state.last_token = replacement
+            elif accepted:
+                state.last_token = int(state.pending[accepted - 1])
+            state.length += accepted + (replacement >= 0)
+            state.pending = state.pending[:0]
 
+    @torch.inference_mode()
     def close(self, sequences: Sequence[int]) -> None:
-        """Forget the sequences, where they are known; the rows that remain are moved together."""
+        """Forget the sequences, where they are known; the last rows of their lane take their places."""
+        ended: dict[int, list[int]] = {}
         for handle in sequences:
-            self._sequences.pop(handle, None)
-        remaining = list(self._sequences.values())
-        self._cache.keep(torch.tensor([state.row for state in remaining], dtype=torch.long, device=self._device))
-        for row, state in enumerate(remaining):
-            state.row = row
+            state = self._sequences.pop(handle, None)
+            if state is not None:
+                ended.setdefault(state.lane, []).append(state.row)
+        for number, rows in ended.items():
+            lane = self._lanes[number]
+            used = [state.length - 1 + len(state.pending) for state in lane.rows]
+            lane.rows = [lane.rows[row] for row in _drop(lane.cache, rows, used)]
+            for row, state in enumerate(lane.rows):
+                state.row = row
 
-    def generate(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
-        """Sample every request to its end; finished sequences leave the batch at once."""
-        generations: list[Generation] = []
-        for first in range(0, len(requests), self._max_num_sequences):
-            generations += self._generate_batch(requests[first : first + self._max_num_sequences])
-        return generations
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
+        """Sample every request to its end; places of those that have ended are taken by the next."""
+        cache, columns = self._own_cache, Columns(self._support_size, self._vocab_size)
+        waiting = deque(i for i, r in enumerate(requests) if len(r.completion_ids) < r.max_new_tokens)
+        reasons = ["length"] * len(requests)
+        running = Running(self._seed, requests)
+        owners = []
+        while waiting or len(running):
+            free = min(len(waiting), self._max_num_sequences - len(running))
+            # Prompts are run a few at a time: each run costs about as much as a step of all rows.
+            if free and free >= min(self._max_num_sequences // 16, len(waiting)):
+                taken = [waiting.popleft() for _ in range(free)]
+                order = self._prefill(cache, len(running), [requests[i] for i in taken])
+                running.admit([taken[i] for i in order])
+            tokens = self._ids(running.last_tokens)[:, None]
+            rows, positions = slice(0, len(running)), self._ids(running.lengths - 1)[:, None]
+            logprobs = self._logprobs(self._forward(cache, rows, tokens, positions))[:, 0]
+            law = decoding.logprobs(logprobs)
+            drawn = sample_from_logprobs(law, torch.from_numpy(running.uniforms()))
+            columns.add(drawn, logprobs, behaviour=None if decoding.is_plain else law)
+            owners.append(running.owners)
+            running.append(drawn.cpu().numpy())
+            stopped = running.last_tokens == self._head.stop_token_id
+            ended = np.flatnonzero(stopped | (running.num_left == 0))
+            if len(ended):
+                for owner in running.owners[stopped]:
+                    reasons[owner] = "stop"
+                running.keep(_drop(cache, ended.tolist(), (running.lengths - 1).tolist()))
+        return self._generations(columns, owners, reasons)
 
-    def _generate_batch(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
-        handles = self.open(requests)
-        active = dict(zip(handles, range(len(requests)), strict=True))
-        steps: list[list[tuple[Draft, int]]] = [[] for _ in requests]
-        finished: dict[int, Generation] = {}
-        while active:
-            sequences = list(active)
-            draft = self.draft(sequences, 1)
-            self.commit(sequences, np.ones(len(sequences), np.int32), np.full(len(sequences), -1, np.int32))
-            ended = []
-            for row, handle in enumerate(sequences):
-                index = active[handle]
-                steps[index].append((draft, row))
-                stopped = int(draft.token_ids[row, 0]) == self._stop
-                if stopped or len(steps[index]) == requests[index].max_new_tokens:
-                    finished[index] = self._generation(steps[index], "stop" if stopped else "length")
-                    ended.append(handle)
-            if ended:
-                self.close(ended)
-            for handle in ended:
-                del active[handle]
-        return [finished[index] for index in range(len(requests))]
-
-    def _generation(self, steps: Sequence[tuple[Draft, int]], finish_reason: str) -> Generation:
-        return Generation(
-            token_ids=np.array([d.token_ids[row, 0] for d, row in steps], np.int32),
-            token_logprobs=np.array([d.token_logprobs[row, 0] for d, row in steps], np.float32),
-            finish_reason=finish_reason,
-            policy_versions=np.full(len(steps), self._policy_version, np.int32),
-            support_ids=np.stack([d.support_ids[row, 0] for d, row in steps]),
-            support_logprobs=np.stack([d.support_logprobs[row, 0] for d, row in steps]),
-            tail_logprobs=np.array([d.tail_logprobs[row, 0] for d, row in steps], np.float32),
-        )
+    def _generations(
+        self, columns: Columns, owners: Sequence[npt.NDArray[np.intp]], reasons: Sequence[str]
+    ) -> list[Generation]:
+        """Sort what all steps told by the request that it is of."""
+        told = columns.collect()
+        of_request = np.concatenate([np.zeros(0, np.intp), *owners])
+        order = np.argsort(of_request, kind="stable")
+        ends = np.cumsum(np.bincount(of_request, minlength=len(reasons)))[:-1]
+        parts: dict[str, list[Any]] = {
+            name: np.split(column[order], ends) for name, column in told.items() if not name.startswith("spare")
+        }
+        return [
+            Generation(
+                finish_reason=reason,
+                policy_versions=np.full(len(parts["token_ids"][i]), self._policy_version, np.int32),
+                **{name: part[i] for name, part in parts.items()},
+            )
+            for i, reason in enumerate(reasons)
+        ]
 
     @torch.inference_mode()
     def score_completions(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
     ) -> list[Scores]:
-        """Score finished completions in padded batches of bounded size, without a cache."""
-        scores: list[Scores] = []
-        longest = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=1)
-        rows_at_once = max(1, _SCORE_ELEMENTS // (longest * self._vocab_size))
-        for first in range(0, len(prompts), rows_at_once):
-            chunk = slice(first, first + rows_at_once)
-            scores += self._score_chunk(prompts[chunk], completions[chunk], support_ids[chunk])
-        return scores
+        """Score finished completions in batches of like length and bounded size, without a cache."""
+        texts = [[*prompt, *completion.tolist()] for prompt, completion in zip(prompts, completions, strict=True)]
+        limit = min(_PASS_TOKENS, _SCORE_ELEMENTS // self._vocab_size)
+        scored: dict[int, Scores] = {}
+        for chunk in _chunks([len(text) for text in texts], limit):
+            told = self._score_chunk(
+                [texts[i] for i in chunk], [completions[i] for i in chunk], [support_ids[i] for i in chunk]
+            )
+            scored.update(zip(chunk, told, strict=True))
+        return [scored[i] for i in range(len(texts))]
 
     def _score_chunk(
-        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
+        self, texts: Sequence[list[int]], completions: Sequence[Ints], support_ids: Sequence[Ints]
     ) -> list[Scores]:
-        texts = [[*p, *c.tolist()] for p, c in zip(prompts, completions, strict=True)]
-        longest = max(map(len, texts))
-        inputs = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=self._device)
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self._device)
-        logits = self._model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
-        scores = []
-        for row, (prompt, completion, support) in enumerate(zip(prompts, completions, support_ids, strict=True)):
-            start = len(prompt) - 1
-            logprobs = self._logprobs(logits[row : row + 1, start : start + len(completion)])
-            ids = torch.from_numpy(np.asarray(completion, dtype=np.int64))[None]
-            scores.append(_scores(logprobs, ids, torch.from_numpy(np.asarray(support, dtype=np.int64))[None]))
-        return scores
+        lengths, sizes = [len(text) for text in texts], [len(completion) for completion in completions]
+        window = max(lengths) - min(length - size for length, size in zip(lengths, sizes, strict=True)) + 1
+        inputs = _padded(texts).to(self._device)
+        # Causal attention: what is predicted within a text does not see the padding behind it.
+        logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=window).logits
+        starts = np.array(lengths) - np.array(sizes) - 1 - (max(lengths) - window)
+        rows = np.repeat(np.arange(len(texts)), sizes)
+        within = np.arange(sum(sizes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        flat = logits[self._ids(rows), self._ids(np.repeat(starts, sizes) + within)]
+        scores = gathered(
+            self._logprobs(flat), self._ids(np.concatenate(completions)), self._ids(np.concatenate(support_ids))
+        )
+        ends = np.cumsum(sizes)[:-1]
+        parts = [
+            np.split(column, ends) for column in (scores.token_logprobs, scores.support_logprobs, scores.tail_logprobs)
+        ]
+        return [
+            Scores(token_logprobs=tokens[None], support_logprobs=support[None], tail_logprobs=tail[None])
+            for tokens, support, tail in zip(*parts, strict=True)
+        ]
 
     @torch.inference_mode()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -256,8 +319,12 @@ class TorchEngine:
         self._policy_version = policy_version
 
     def shutdown(self) -> None:
-        """Drop the model and the cache."""
-        del self._model, self._cache
+        """Drop the model and the caches."""
+        del self._model, self._lanes, self._own_cache
+
+    @property
+    def _has_tail(self) -> bool:
+        return 0 < self._support_size < self._vocab_size
 
     def _states(self, sequences: Sequence[int]) -> list[_Sequence]:
         unknown = [handle for handle in sequences if handle not in self._sequences]
@@ -265,71 +332,103 @@ class TorchEngine:
             raise LostSequenceError(f"{len(unknown)} of {len(sequences)} sequences are not open in this engine")
         return [self._sequences[handle] for handle in sequences]
 
-    def _forward(self, sequences: Sequence[int], inputs: Tensor, positions: Tensor, logits_to_keep: int = 0) -> Tensor:
-        """Run [B, q] tokens of the sequences at [B, q] positions; return logits [B, q, V]."""
-        rows = [self._sequences[handle].row for handle in sequences]
-        num_rows = len(self._sequences)
-        every_row = rows == list(range(num_rows))
-        positions = positions.to(self._device)
-        with torch.inference_mode():
-            mask = self._cache.announce(
-                None if every_row else torch.tensor(rows, device=self._device), positions, num_rows
-            )
-            logits: Tensor = self._model(
-                input_ids=inputs.to(self._device),
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ).logits
-        return logits
+    def _batch(self, sequences: Sequence[int]) -> _Batch:
+        """Return how to run these sequences, which are of one lane."""
+        states = self._states(sequences)
+        assert len({state.lane for state in states}) == 1, "sequences of one lane are drafted and scored together"
+        lane = self._lanes[states[0].lane]
+        rows = [state.row for state in states]
+        first, stop = min(rows), max(rows) + 1
+        assert len(set(rows)) == len(rows), "a sequence was named twice"
+        if stop - first > len(rows):
+            return _Batch(lane.cache, states, torch.tensor(rows, device=self._device), None)
+        in_order = lane.rows[first:stop]
+        return _Batch(lane.cache, in_order, slice(first, stop), None if in_order == states else np.array(rows) - first)
 
-    def _logprobs(self, logits: Tensor) -> Tensor:
-        return torch.log_softmax(logits.float() / self._temperature, dim=-1)
+    def _last(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Return the sequences' last tokens [n] and the positions [n, 1] of these."""
+        tokens = np.array([state.last_token for state in batch.states])
+        return self._ids(tokens), self._ids(np.array([[state.length - 1] for state in batch.states]))
 
-    def _uniforms(self, states: Sequence[_Sequence], offset: int, purpose: Purpose) -> Tensor:
-        return torch.from_numpy(
-            uniforms(
-                self._seed,
-                [state.request.prompt_id for state in states],
-                [state.request.sample_index for state in states],
-                [state.num_new_tokens + offset for state in states],
-                purpose,
-            )
+    def _prefill(self, cache: RaggedCache, first_row: int, requests: Sequence[SequenceRequest]) -> list[int]:
+        """Fill the rows from the first with all tokens but the last; return which request each row holds."""
+        texts = [text_of(request)[:-1] for request in requests]
+        order: list[int] = []
+        for chunk in _chunks([len(text) for text in texts], _PASS_TOKENS):
+            inputs = _padded([texts[i] for i in chunk]).to(self._device)
+            rows = slice(first_row + len(order), first_row + len(order) + len(chunk))
+            order += chunk
+            if inputs.shape[1]:
+                positions = torch.arange(inputs.shape[1], device=self._device).expand(len(chunk), -1)
+                # The body alone: a prompt's logits are not wanted.
+                self._forward(cache, rows, inputs, positions, self._model.base_model)
+        return order
+
+    def _forward(
+        self, cache: RaggedCache, rows: slice | Tensor, inputs: Tensor, positions: Tensor, model: Any = None
+    ) -> Any:
+        """Run [n, q] tokens at [n, q] positions of the rows; return the model's output."""
+        return (self._model if model is None else model)(
+            input_ids=inputs,
+            attention_mask=cache.announce(rows, positions, self._model.dtype),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         )
 
-    def _support(
-        self, logprobs: Tensor, tokens: Tensor, states: Sequence[_Sequence], offset: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return token log-probs [B], support ids and log-probs [B, K], log tail mass, spare ids and log-probs [B]."""
-        token_logprobs = logprobs.gather(-1, tokens.to(logprobs.device)[:, None])[:, 0]
-        support_logprobs, support_ids = logprobs.topk(self._support_size, dim=-1)
-        if self._support_size in (0, self._vocab_size):
-            tail = torch.full_like(token_logprobs, 0.0 if self._support_size == 0 else -torch.inf)
-            spare, spare_logprobs = torch.full_like(tokens, -1), torch.full_like(token_logprobs, -torch.inf)
+    def _logprobs(self, output: Any) -> Tensor:
+        """Return [..., V] log-probs of the head, from a model's output or its logits."""
+        return self._head.logprobs(output if isinstance(output, Tensor) else output.logits)
+
+    def _uniforms(self, states: Sequence[_Sequence], num_tokens: int, purpose: Purpose) -> Tensor:
+        """Return [num_tokens, n] uniforms of the next positions."""
+        keys = prompt_keys(self._seed, [state.request.prompt_id for state in states])
+        samples = np.array([state.request.sample_index for state in states])
+        first = np.array([state.num_new_tokens for state in states])
+        return torch.from_numpy(uniforms_from(keys, samples, first, num_tokens, purpose))
+
+    def _ids(self, values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self._device)
+
+
+def _shared_vocabulary(head: Head, width: int, model: str) -> int:
+    """Return V of a model with logits [..., width]."""
+    size = width if head.vocab_size is None else head.vocab_size
+    if size > width:
+        raise EngineError(f"the shared vocabulary has {size} ids, but the logits of {model} are {width} wide")
+    if not all(0 <= stop < size for stop in head.stop_token_ids):
+        raise EngineError(
+            f"stop tokens must be among the {size} ids of the shared vocabulary, got {list(head.stop_token_ids)} "
+            f"for {model}"
+        )
+    return size
+
+
+def _padded(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return [n, longest] ids, padded on the right."""
+    padded = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(padded)
+
+
+def _chunks(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Group numbers of like length: each group padded to its longest has at most `limit` tokens, or one member."""
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunks and lengths[i] * (len(chunks[-1]) + 1) <= limit:
+            chunks[-1].append(i)
         else:
-            outside = logprobs.scatter(-1, support_ids, -torch.inf)
-            tail = torch.logsumexp(outside, dim=-1)
-            spare = sample_from_logprobs(outside, self._uniforms(states, offset, Purpose.SPARE))
-            spare_logprobs = logprobs.gather(-1, spare[:, None])[:, 0]
-        return token_logprobs, support_ids, support_logprobs, tail, spare, spare_logprobs
+            chunks.append([i])
+    return chunks
 
 
-def _scores(logprobs: Tensor, token_ids: Tensor, support_ids: Tensor) -> Scores:
-    """Gather [B, k, V] log-probs at [B, k] tokens and [B, k, K] ids."""
-    tokens, support = token_ids.to(logprobs.device), support_ids.to(logprobs.device)
-    outside = logprobs.scatter(-1, support, -torch.inf)
-    return Scores(
-        token_logprobs=_floats(logprobs.gather(-1, tokens[..., None])[..., 0]),
-        support_logprobs=_floats(logprobs.gather(-1, support)),
-        tail_logprobs=_floats(torch.logsumexp(outside, dim=-1)),
-    )
-
-
-def _ints(tensor: Tensor) -> npt.NDArray[np.int32]:
-    return tensor.to(torch.int32).cpu().numpy()
-
-
-def _floats(tensor: Tensor) -> npt.NDArray[np.float32]:
-    return tensor.float().cpu().numpy()
+def _drop(cache: RaggedCache, ended: Collection[int], used: Sequence[int]) -> list[int]:
+    """Move last rows into the holes of those that ended, with their used slots; return which row each one was."""
+    order = list(range(len(used)))
+    for row in sorted(ended, reverse=True):
+        order[row] = order[-1]
+        order.pop()
+    moved = [(source, row) for row, source in enumerate(order) if source != row]
+    cache.move([source for source, _ in moved], [row for _, row in moved], max((used[s] for s, _ in moved), default=0))
+    return order

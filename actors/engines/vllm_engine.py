@@ -2,26 +2,28 @@
 
 `vllm_process` starts vLLM and `vllm_worker` lives inside its worker; nothing else touches vLLM. vLLM is imported when
 an engine is built, so that a run without it needs none of it.
+
+B counts the sequences of a call, k drafted tokens, K the support.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from actors.behaviours import BlendedBehaviour
 from actors.engines.errors import EngineError
-from actors.engines.protocol import Floats, Generation, Ints, Scores, SequenceRequest
-from actors.engines.vllm_jobs import Laws, Record, SampleJob, ScoreJob
+from actors.engines.protocol import Draft, Floats, Generation, Ints, Scores, SequenceRequest
+from actors.engines.vllm_jobs import BlendCounts, Laws, Record, SampleJob, ScoreJob
 from actors.engines.vllm_process import VllmProcess, environment
+from actors.engines.vllm_sequences import OpenSequence, OpenSequences
+from actors.head import PLAIN, Decoding, Head
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["BlendedGeneration", "VllmBlendEngine", "VllmEngine", "environment"]
+__all__ = ["BlendCounts", "BlendedGeneration", "VllmBlendEngine", "VllmEngine", "environment"]
 
 Bools = npt.NDArray[np.bool_]
 
@@ -45,11 +47,13 @@ class BlendedGeneration:
     finish_reason: str
     """'stop' or 'length'."""
     epsilon: Floats
-    """[T] budget."""
+    """[T] budget; NaN where the behaviour keeps none."""
     beta: Floats
     """[T] blend weight."""
     divergence: Floats
     """[T] KL(mu || student)."""
+    teacher_divergence: Floats
+    """[T] KL(mu || teacher)."""
     accepted: Bools
     """[T] False where the student's draft was redrawn."""
     support_ids: Ints
@@ -65,16 +69,19 @@ class BlendedGeneration:
 
 
 class VllmEngine:
-    """Implements `Engine` (actors/engines/protocol.py) with one model in vLLM."""
+    """Implements `SequenceEngine` (actors/engines/protocol.py) with one model in vLLM.
+
+    An open sequence is its tokens, on the host: every draft and every score is a run of vLLM over all of them, which
+    finds all but the last block in its prefix cache. Lanes need nothing, since rows of vLLM's cache are its own affair.
+    """
 
     def __init__(
         self,
         *,
         model: str,
         seed: int,
-        temperature: float,
+        head: Head,
         support_size: int | None,
-        stop_token_id: int,
         max_model_len: int,
         dtype: str = "float32",
         memory_gib: float = 1.0,
@@ -86,9 +93,9 @@ class VllmEngine:
         Args:
             model: a Hugging Face folder, or the name of a model on the Hub.
             seed: of the run's random numbers.
-            temperature: the laws drawn from and reported are softmax(logits / temperature).
+            head: how logits are read.
             support_size: K, how many of the likeliest ids are reported at each position; None for all, 0 for none.
-            stop_token_id: the token that ends a completion.
+                As many as can be drawn, or more, are all.
             max_model_len: longest prompt plus longest completion, in tokens.
             dtype: of the weights, "float32", "bfloat16" or "auto" (the model's own); log-probs are float32.
             memory_gib: size of the key-value cache.
@@ -101,7 +108,7 @@ class VllmEngine:
         """
         self._vllm = VllmProcess(
             model=model,
-            laws=Laws(seed=seed, temperature=temperature, support_size=support_size, stop_token_id=stop_token_id),
+            laws=Laws(seed=seed, head=head, support_size=support_size),
             memory_gib=memory_gib,
             max_model_len=max_model_len,
             max_num_batched_tokens=max(max_model_len, _MIN_BATCHED_TOKENS),
@@ -109,25 +116,32 @@ class VllmEngine:
             dtype=dtype,
             enforce_eager=enforce_eager,
         )
-        self._stop = stop_token_id
-        self._policy_version = 0
+        self._stop, self._max_model_len = head.stop_token_id, max_model_len
+        self._policy_version = self._num_computed_tokens = 0
+        self._sequences = OpenSequences()
 
     @property
     def policy_version(self) -> int:
         """Version of the weights in use."""
         return self._policy_version
 
-    def generate(self, requests: Sequence[SequenceRequest]) -> list[Generation]:
-        """Sample every request to its end."""
-        record = self._vllm.run(
-            SampleJob(requests=requests),
-            [request.prompt_ids for request in requests],
-            [{"max_tokens": request.max_new_tokens, "stop_token_ids": [self._stop]} for request in requests],
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that went through the model so far; beyond those drafted and scored they were computed again."""
+        return self._num_computed_tokens
+
+    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
+        """Sample every request to its end; only new tokens are returned, none where there is no room for any."""
+        record = self._run(
+            SampleJob(requests=requests, decoding=decoding),
+            [_text(request) for request in requests],
+            [{"max_tokens": max(1, _num_left(request)), "stop_token_ids": [self._stop]} for request in requests],
         )
         return [
             Generation(
                 token_ids=rows["token_id"].astype(np.int32),
                 token_logprobs=rows["token_logprob"],
+                behaviour_logprobs=rows["behaviour_logprob"],
                 finish_reason=_finish_reason(rows, self._stop),
                 policy_versions=np.full(len(rows["token_id"]), self._policy_version, np.int32),
                 support_ids=rows["support_ids"].astype(np.int32),
@@ -141,26 +155,82 @@ class VllmEngine:
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
     ) -> list[Scores]:
         """Score finished completions, each of at least one token, at requested ids (one K for all)."""
-        record = self._vllm.run(
-            ScoreJob(prompt_lengths=list(map(len, prompts)), completions=completions, support_ids=support_ids),
-            [(*prompt, *ids[:-1].tolist()) for prompt, ids in zip(prompts, completions, strict=True)],
-            # A cached position would not be computed, and so could not be scored.
-            [{"max_tokens": 1, "skip_reading_prefix_cache": True}] * len(prompts),
-        )
-        scores = []
-        for rows, completion in zip(_split(record, len(prompts)), completions, strict=True):
-            if len(rows["position"]) != len(completion):
-                raise EngineError(f"vLLM scored {len(rows['position'])} of {len(completion)} tokens of a completion")
-            scores.append(
-                Scores(
-                    token_logprobs=rows["token_logprob"][None],
-                    support_logprobs=rows["support_logprobs"][None],
-                    tail_logprobs=rows["tail_logprob"][None],
-                )
+        return [
+            Scores(
+                token_logprobs=rows["token_logprob"][None],
+                support_logprobs=rows["support_logprobs"][None],
+                tail_logprobs=rows["tail_logprob"][None],
             )
-        return scores
+            for rows in self._scored(prompts, completions, support_ids)
+        ]
 
-    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]], policy_version: int) -> None:
+    def open(self, requests: Sequence[SequenceRequest], lane: int = 0) -> list[int]:
+        """Admit sequences and return their handles; nothing is computed yet."""
+        return self._sequences.open(requests)
+
+    def draft(self, sequences: Sequence[int], num_tokens: int) -> Draft:
+        """Draw `num_tokens` tokens for each sequence, stop tokens or not; nothing is committed.
+
+        Positions beyond `max_model_len`, which no completion reaches, repeat the last one before them.
+
+        Raises:
+            LostSequenceError: where a sequence is not open.
+            EngineError: where one has no room for another token.
+        """
+        opened = self._sequences.at(sequences)
+        rooms = [self._room(sequence, num_tokens) for sequence in opened]
+        requests = [sequence.continued() for sequence in opened]
+        record = self._run(
+            SampleJob(requests=requests, with_spares=True),
+            [sequence.token_ids for sequence in opened],
+            [{"max_tokens": room} for room in rooms],
+        )
+        drafted = _split(record, len(opened))
+        for rows, request, room in zip(drafted, requests, rooms, strict=True):
+            _check_positions(rows, request, room)
+        draft = Draft(
+            token_ids=_stacked(drafted, "token_id", num_tokens).astype(np.int32),
+            token_logprobs=_stacked(drafted, "token_logprob", num_tokens),
+            support_ids=_stacked(drafted, "support_ids", num_tokens).astype(np.int32),
+            support_logprobs=_stacked(drafted, "support_logprobs", num_tokens),
+            tail_logprobs=_stacked(drafted, "tail_logprob", num_tokens),
+            spare_ids=_stacked(drafted, "spare_id", num_tokens).astype(np.int32),
+            spare_logprobs=_stacked(drafted, "spare_logprob", num_tokens),
+        )
+        for sequence, ids in zip(opened, draft.token_ids, strict=True):
+            sequence.pending = ids
+        return draft
+
+    def score(self, sequences: Sequence[int], draft_ids: Ints, support_ids: Ints) -> Scores:
+        """Score [B, k] drafted tokens at [B, k, K] ids; nothing is committed.
+
+        What lies beyond `max_model_len`, and errors, are those of `draft`.
+        """
+        opened, drafts, supports = self._sequences.at(sequences), np.asarray(draft_ids), np.asarray(support_ids)
+        num_tokens = drafts.shape[1]
+        rooms = [self._room(sequence, num_tokens) for sequence in opened]
+        scored = self._scored(
+            [sequence.token_ids for sequence in opened],
+            [ids[:room] for ids, room in zip(drafts, rooms, strict=True)],
+            [ids[:room] for ids, room in zip(supports, rooms, strict=True)],
+        )
+        for sequence, ids in zip(opened, drafts, strict=True):
+            sequence.pending = ids
+        return Scores(
+            token_logprobs=_stacked(scored, "token_logprob", num_tokens),
+            support_logprobs=_stacked(scored, "support_logprobs", num_tokens),
+            tail_logprobs=_stacked(scored, "tail_logprob", num_tokens),
+        )
+
+    def commit(self, sequences: Sequence[int], num_accepted: Ints, replacement_ids: Ints) -> None:
+        """Keep a prefix of each pending draft and append the replacement, if there is one."""
+        self._sequences.commit(sequences, num_accepted, replacement_ids)
+
+    def close(self, sequences: Sequence[int]) -> None:
+        """Forget the sequences, where they are known; vLLM drops the oldest of its cache when it needs room."""
+        self._sequences.close(sequences)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Replace the weights in place and stamp what follows with the version."""
         self._vllm.load_weights(weights)
         self._policy_version = policy_version
@@ -168,6 +238,66 @@ class VllmEngine:
     def shutdown(self) -> None:
         """Free the model and the cache."""
         self._vllm.shutdown()
+
+    def _room(self, sequence: OpenSequence, num_tokens: int) -> int:
+        """Return how many of that many tokens fit behind a sequence."""
+        room = min(num_tokens, self._max_model_len - len(sequence.token_ids))
+        if room < 1:
+            raise EngineError(
+                f"a sequence must be shorter than {self._max_model_len} tokens to go on, one of "
+                f"{sequence.request.prompt_id!r} has {len(sequence.token_ids)}"
+            )
+        return room
+
+    def _run(
+        self, job: SampleJob | ScoreJob, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]
+    ) -> Record:
+        record = self._vllm.run(job, prompts, params)
+        self._num_computed_tokens += record.num_computed
+        return record
+
+    def _scored(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Ints], support_ids: Sequence[Ints]
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """Score tokens [T] behind each prompt at [T, K] ids; one record of T rows each.
+
+        What is cached beyond a prompt, by a sequence that has the same tokens, is not computed and so not scored.
+        Texts of which anything is missing are computed once more from their start.
+        """
+        scored = self._score_pass(prompts, tokens, support_ids, read_cache=True)
+        missing = [i for i, rows in enumerate(scored) if len(rows["position"]) != len(tokens[i])]
+        if missing:
+            again = self._score_pass(
+                [prompts[i] for i in missing],
+                [tokens[i] for i in missing],
+                [support_ids[i] for i in missing],
+                read_cache=False,
+            )
+            for i, rows in zip(missing, again, strict=True):
+                if len(rows["position"]) != len(tokens[i]):
+                    raise EngineError(f"vLLM must score {len(tokens[i])} tokens, it scored {len(rows['position'])}")
+                scored[i] = rows
+        return scored
+
+    def _score_pass(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Sequence[Ints],
+        support_ids: Sequence[Ints],
+        *,
+        read_cache: bool,
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        record = self._run(
+            ScoreJob(prompt_lengths=list(map(len, prompts)), completions=tokens, support_ids=support_ids),
+            [[*prompt, *ids[:-1].tolist()] for prompt, ids in zip(prompts, tokens, strict=True)],
+            [{"max_tokens": 1, "skip_reading_prefix_cache": not read_cache}] * len(prompts),
+        )
+        scored = []
+        for rows in _split(record, len(prompts)):
+            # A sequence that was preempted is computed, and recorded, again.
+            _, once = np.unique(rows["position"], return_index=True)
+            scored.append({name: values[once] for name, values in rows.items()})
+        return scored
 
 
 class VllmBlendEngine:
@@ -184,9 +314,8 @@ class VllmBlendEngine:
         teacher: str,
         draft_length: int,
         seed: int,
-        temperature: float,
+        head: Head,
         support_size: int | None,
-        stop_token_id: int,
         max_model_len: int,
         dtype: str = "float32",
         memory_gib: float = 1.0,
@@ -200,15 +329,15 @@ class VllmBlendEngine:
         Args:
             student: Hugging Face folder of the model whose weights `load_weights` replaces.
             teacher: of the frozen one; the same vocabulary.
-            draft_length: k, how many tokens the student drafts for each pass of the teacher.
-            temperature: of both laws.
+            draft_length: k, how many tokens the student drafts for each pass of the teacher, at most.
+            head: of both models.
         """
         # Drafts may reach beyond the longest completion; cut drafts would leave rows without any.
         room = max_model_len + draft_length + 2
         scheduled = max(room, max_num_seqs * (draft_length + 1), _MIN_BATCHED_TOKENS)
         self._vllm = VllmProcess(
             model=teacher,
-            laws=Laws(seed=seed, temperature=temperature, support_size=support_size, stop_token_id=stop_token_id),
+            laws=Laws(seed=seed, head=head, support_size=support_size),
             memory_gib=memory_gib,
             max_model_len=room,
             max_num_scheduled_tokens=scheduled,
@@ -225,7 +354,8 @@ class VllmBlendEngine:
         )
         self._vllm.check_draft_length(room)
         self._vllm.forbid_preemption()
-        self._stop = stop_token_id
+        self._draft_length = draft_length
+        self._stop = head.stop_token_id
         self._policy_version = 0
 
     @property
@@ -233,35 +363,36 @@ class VllmBlendEngine:
         """Version of the student's weights in use."""
         return self._policy_version
 
-    def generate_blended(self, requests: Sequence[SequenceRequest], epsilon: float) -> list[BlendedGeneration]:
-        """Sample every request to its end from mu.
+    def generate_blended(
+        self,
+        requests: Sequence[SequenceRequest],
+        behaviour: BlendedBehaviour,
+        draft_length: int | None = None,
+    ) -> tuple[list[BlendedGeneration], BlendCounts]:
+        """Sample every request to its end from mu; only new tokens are returned.
 
         Args:
-            requests: prompts of at least two tokens each.
-            epsilon: budget of every token, in nats; may differ from call to call.
+            requests: of at least two tokens each, in the prompt or the completion so far.
+            behaviour: gives mu; may differ from call to call.
+            draft_length: k in this call, from 1 to the engine's own; None for that.
 
         Raises:
-            ValueError: for an epsilon that is negative or not finite, or a prompt of fewer than two tokens.
+            ValueError: for a behaviour that is none (a budget below 0), a draft length or a request other than these.
             EngineError: if vLLM scheduled a row without a draft, since nothing exact can be drawn there.
         """
-        if not (math.isfinite(epsilon) and epsilon >= 0):
-            raise ValueError(f"epsilon must be finite and >= 0 nats, got {epsilon}")
-        for request in requests:
-            if len(request.prompt_ids) < 2:
-                raise ValueError(
-                    "prompts must have at least 2 tokens when student and teacher share a vLLM engine, got "
-                    f"{len(request.prompt_ids)} in {request.prompt_id!r}"
-                )
+        self._check(requests, behaviour, draft_length)
+        self._vllm.draft_at_once(None if draft_length == self._draft_length else draft_length)
+        texts = [_text(request) for request in requests]
         record = self._vllm.run(
-            SampleJob(requests=requests, epsilon=epsilon),
-            [request.prompt_ids[:-1] for request in requests],  # the last is forced: see BlendingSampler
+            SampleJob(requests=requests, behaviour=behaviour),
+            [text[:-1] for text in texts],  # the last is forced: see BlendingSampler
             [
                 {
-                    "max_tokens": request.max_new_tokens + 1,
+                    "max_tokens": max(1, _num_left(request)) + 1,
                     # A forced stop token would end its request at once.
-                    "stop_token_ids": [] if request.prompt_ids[-1] == self._stop else [self._stop],
+                    "stop_token_ids": [] if text[-1] == self._stop else [self._stop],
                 }
-                for request in requests
+                for request, text in zip(requests, texts, strict=True)
             ],
         )
         if record.num_undrafted:
@@ -269,9 +400,10 @@ class VllmBlendEngine:
                 f"every token must come from a draft, vLLM scheduled {record.num_undrafted} rows without one; give the "
                 "engine a larger memory_gib or a smaller max_num_sequences"
             )
-        return [self._generation(rows, epsilon) for rows in _completions(record, requests, self._stop)]
+        completions = _completions(record, requests, self._stop)
+        return [self._generation(rows, behaviour.epsilon) for rows in completions], record.counts
 
-    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]], policy_version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Replace the student's weights in place and stamp what follows with the version."""
         self._vllm.load_weights(weights)
         self._policy_version = policy_version
@@ -279,6 +411,19 @@ class VllmBlendEngine:
     def shutdown(self) -> None:
         """Free both models and the cache."""
         self._vllm.shutdown()
+
+    def _check(
+        self, requests: Sequence[SequenceRequest], behaviour: BlendedBehaviour, draft_length: int | None
+    ) -> None:
+        if draft_length is not None and not 1 <= draft_length <= self._draft_length:
+            raise ValueError(f"draft_length must be from 1 to {self._draft_length}, got {draft_length}")
+        behaviour.target(torch.zeros(1, 2), torch.zeros(1, 2))  # raises here what would break vLLM amid its work
+        for request in requests:
+            if len(_text(request)) < 2:
+                raise ValueError(
+                    "prompts must have at least 2 tokens when student and teacher share a vLLM engine, got "
+                    f"{len(_text(request))} in {request.prompt_id!r}"
+                )
 
     def _generation(self, rows: Mapping[str, npt.NDArray[Any]], epsilon: float) -> BlendedGeneration:
         num_tokens = len(rows["token_id"])
@@ -292,6 +437,7 @@ class VllmBlendEngine:
             epsilon=np.full(num_tokens, epsilon, np.float32),
             beta=rows["beta"],
             divergence=rows["divergence"],
+            teacher_divergence=rows["teacher_divergence"],
             accepted=rows["accepted"],
             support_ids=rows["support_ids"].astype(np.int32),
             support_student_logprobs=rows["support_student_logprobs"],
@@ -301,12 +447,32 @@ class VllmBlendEngine:
         )
 
 
+def _num_left(request: SequenceRequest) -> int:
+    """Return how many tokens are still to be sampled."""
+    return request.max_new_tokens - len(request.completion_ids)
+
+
+def _text(request: SequenceRequest) -> tuple[int, ...]:
+    """Return all tokens so far; of a completion that is full, which vLLM may not take, two that stand in for them."""
+    text = (*request.prompt_ids, *request.completion_ids)
+    return text if _num_left(request) > 0 else text[-2:]
+
+
 def _split(record: Record, num_requests: int) -> list[dict[str, npt.NDArray[Any]]]:
     """Return the record's rows of each request."""
-    if not num_requests:
-        return []
+    if not record.columns:
+        return [{"position": np.zeros(0, np.int64)} for _ in range(num_requests)]
     bounds = np.searchsorted(record.columns["number"], np.arange(num_requests + 1))
     return [{name: values[first:last] for name, values in record.columns.items()} for first, last in pairwise(bounds)]
+
+
+def _check_positions(rows: Mapping[str, npt.NDArray[Any]], request: SequenceRequest, length: int) -> None:
+    """Refuse a record that is not of the request's next `length` positions."""
+    if not np.array_equal(rows["position"][:length], len(request.completion_ids) + np.arange(length)):
+        raise EngineError(
+            f"vLLM must sample {length} positions of {request.prompt_id!r} once, from {len(request.completion_ids)} "
+            f"on; it sampled {rows['position'].tolist()}"
+        )
 
 
 def _completions(
@@ -315,20 +481,22 @@ def _completions(
     """Return each request's rows up to its stop token or its limit; drafts kept beyond either are dropped.
 
     Raises:
-        EngineError: if a request's positions are not 0, 1, ... up to its end.
+        EngineError: if a request's positions do not follow one another up to its end.
     """
     completions = []
     for rows, request in zip(_split(record, len(requests)), requests, strict=True):
-        stops = np.flatnonzero(rows["token_id"] == stop_token_id)
-        length = min(request.max_new_tokens, int(stops[0]) + 1 if len(stops) else request.max_new_tokens)
-        if not np.array_equal(rows["position"][:length], np.arange(length)):
-            raise EngineError(
-                f"vLLM must sample each of {length} positions of {request.prompt_id!r} once, it sampled "
-                f"{rows['position'].tolist()}"
-            )
+        stops, left = np.flatnonzero(rows["token_id"] == stop_token_id), max(0, _num_left(request))
+        length = min(left, int(stops[0]) + 1) if len(stops) else left
+        _check_positions(rows, request, length)
         completions.append({name: values[:length] for name, values in rows.items()})
     return completions
 
 
 def _finish_reason(rows: Mapping[str, npt.NDArray[Any]], stop_token_id: int) -> str:
-    return "stop" if rows["token_id"][-1] == stop_token_id else "length"
+    return "stop" if len(rows["token_id"]) and rows["token_id"][-1] == stop_token_id else "length"
+
+
+def _stacked(records: Sequence[Mapping[str, npt.NDArray[Any]]], name: str, length: int) -> npt.NDArray[Any]:
+    """Return a column of B records as [B, length, ...]; a shorter one repeats its last row."""
+    columns = [record[name] for record in records]
+    return np.stack([column[np.minimum(np.arange(length), len(column) - 1)] for column in columns])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.engines.errors import EngineError
 from actors.engines.vllm_jobs import REQUEST_NUMBER, Laws, Record, SampleJob, ScoreJob
+from actors.head import Head
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +57,11 @@ class VllmProcess:
             )
         except (ValueError, RuntimeError, OSError) as error:
             raise EngineError(f"vLLM cannot serve {model}: {' '.join(str(error).split())}") from error
+        self._check_vocabulary(laws.head)
         self._call("tutelage_install", laws)
 
     def run(
-        self, job: SampleJob | ScoreJob, prompts: Sequence[tuple[int, ...]], params: Sequence[Mapping[str, Any]]
+        self, job: SampleJob | ScoreJob, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]
     ) -> Record:
         """Run one vLLM request per prompt to its end and return what the worker recorded."""
         from vllm import SamplingParams
@@ -91,13 +93,23 @@ class VllmProcess:
                 "lower rollouts.max_prompt_tokens or rollouts.max_new_tokens"
             )
 
+    def draft_at_once(self, num_tokens: int | None) -> None:
+        """Say how many tokens the student drafts for each pass; None for as many as vLLM was started for.
+
+        This is the table, by number of sequences, of vLLM's own dynamic speculative decoding. To be called between
+        jobs: no drafts are then on their way.
+        """
+        scheduler = self._scheduler
+        scheduler.dynamic_sd_lookup = (
+            None if num_tokens is None else [num_tokens] * (scheduler.scheduler_config.max_num_seqs + 1)
+        )
+
     def forbid_preemption(self) -> None:
         """Run no more sequences at once than fit at full length: a preempted one would come back without drafts."""
         from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-        engine = self._llm.llm_engine
-        scheduler = engine.engine_core.engine_core.scheduler
-        fitting = int(get_max_concurrency_for_kv_cache_config(engine.vllm_config, scheduler.kv_cache_config))
+        scheduler, config = self._scheduler, self._llm.llm_engine.vllm_config
+        fitting = int(get_max_concurrency_for_kv_cache_config(config, scheduler.kv_cache_config))
         scheduler.max_num_active_reqs = max(1, min(scheduler.max_num_active_reqs, fitting))
 
     def shutdown(self) -> None:
@@ -107,6 +119,21 @@ class VllmProcess:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core.scheduler
+
+    def _check_vocabulary(self, head: Head) -> None:
+        """Refuse a head that the model's logits are too narrow for."""
+        config = self._llm.llm_engine.vllm_config.model_config
+        width = int(config.get_vocab_size())
+        size = width if head.vocab_size is None else head.vocab_size
+        if size > width or not all(0 <= stop < size for stop in head.stop_token_ids):
+            raise EngineError(
+                f"the logits of {config.model} must have all ids of the shared vocabulary, and it the stop tokens; "
+                f"they are {width} wide, it has {size} ids, the stop tokens are {list(head.stop_token_ids)}"
+            )
 
     def _call(self, method: str, *arguments: object) -> Any:
         return self._llm.collective_rpc(method, args=arguments)[0]

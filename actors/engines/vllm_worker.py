@@ -18,9 +18,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.v1.outputs import SamplerOutput
 
-from actors.engines.vllm_jobs import REQUEST_NUMBER, Laws, Record, SampleJob, ScoreJob
+from actors.engines.vllm_jobs import REQUEST_NUMBER, BlendCounts, Laws, Record, SampleJob, ScoreJob
 from actors.random_numbers import Purpose, sample_from_logprobs, uniforms
-from actors.trust_region import verify_draft
+from actors.trust_region import verify_target
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +57,8 @@ class Desk:
     """vLLM's model runner."""
     tape: Tape
     job: SampleJob | ScoreJob
+    num_computed: int = 0
+    """Tokens that went through the model since the job was set."""
 
     def numbers(self) -> Array:
         """Return for each row of the running batch its request's place in the job, [N]."""
@@ -66,8 +68,13 @@ class Desk:
             dtype=np.int64,
         )
 
+    def num_given(self, numbers: Array) -> Array:
+        """Return how many tokens of each request's completion were there before, [N]."""
+        assert isinstance(self.job, SampleJob)
+        return np.array([len(self.job.requests[number].completion_ids) for number in numbers], np.int64)
+
     def num_sampled(self) -> Array:
-        """Return how many tokens vLLM has of each row's completion, [N]."""
+        """Return how many tokens vLLM has sampled for each row, [N]."""
         runner = self.runner
         return np.array([len(runner.requests[name].output_token_ids) for name in runner.input_batch.req_ids], np.int64)
 
@@ -76,8 +83,8 @@ class Desk:
         return np.asarray(self.runner.discard_request_mask.np[: self.runner.input_batch.num_reqs]).astype(bool)
 
     def logprobs(self, logits: Tensor) -> Tensor:
-        """Return the laws at the job's temperature, [N, V]."""
-        return torch.log_softmax(logits.float() / self.laws.temperature, dim=-1)
+        """Return the laws of logits [N, at least V], [N, V]."""
+        return self.laws.head.logprobs(logits)
 
     def uniforms(self, numbers: Array, positions: Array, purpose: Purpose) -> Tensor:
         """Return one uniform for each request number and position, [N] float64 on the host."""
@@ -94,8 +101,10 @@ class Desk:
 
     def support(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the likeliest ids by falling log-prob [N, K], their log-probs [N, K] and the log tail mass [N]."""
-        vocab = logprobs.shape[-1]
-        size = vocab if self.laws.support_size is None else min(self.laws.support_size, vocab)
+        vocab, size = logprobs.shape[-1], self.laws.support_size
+        drawable = vocab - len(self.laws.head.stop_token_ids) + 1
+        if size is None or size >= drawable:
+            size = vocab
         values, ids = logprobs.topk(size, dim=-1)
         return ids, values, _outside(logprobs, ids)
 
@@ -111,29 +120,50 @@ class RecordingSampler:
         desk = self._desk
         if isinstance(desk.job, ScoreJob):
             return _sampler_output(torch.zeros(len(logits), 1, device=logits.device))
-        numbers, positions = desk.numbers(), desk.num_sampled()
+        numbers = desk.numbers()
+        positions = desk.num_sampled() + desk.num_given(numbers)
         logprobs = desk.logprobs(logits)
-        tokens = sample_from_logprobs(logprobs, desk.uniforms(numbers, positions, Purpose.TOKEN))
+        drawn_from = desk.job.decoding.logprobs(logprobs)
+        tokens = sample_from_logprobs(drawn_from, desk.uniforms(numbers, positions, Purpose.TOKEN))
         complete = ~desk.is_partial()
         rows = torch.from_numpy(complete).to(logits.device)
-        support_ids, support_logprobs, tail = desk.support(logprobs[rows])
+        self._record(numbers[complete], positions[complete], tokens[rows], logprobs[rows], drawn_from[rows])
+        return _sampler_output(tokens[:, None])
+
+    def _record(self, numbers: Array, positions: Array, tokens: Tensor, laws: Tensor, drawn_from: Tensor) -> None:
+        """Record N tokens, the laws [N, V] of their places and the laws [N, V] that they were drawn from."""
+        desk = self._desk
+        assert isinstance(desk.job, SampleJob)
+        support_ids, support_logprobs, tail = desk.support(laws)
+        spares = self._spares(numbers, positions, laws, support_ids) if desk.job.with_spares else {}
         desk.tape.write(
-            numbers[complete],
-            positions[complete],
-            token_id=tokens[rows],
-            token_logprob=_at(logprobs[rows], tokens[rows]),
+            numbers,
+            positions,
+            token_id=tokens,
+            token_logprob=_at(laws, tokens),
+            behaviour_logprob=_at(drawn_from, tokens),
             support_ids=support_ids,
             support_logprobs=support_logprobs,
             tail_logprob=tail,
+            **spares,
         )
-        return _sampler_output(tokens[:, None])
+
+    def _spares(self, numbers: Array, positions: Array, laws: Tensor, support_ids: Tensor) -> dict[str, Tensor]:
+        """Draw from the laws outside the support, [N]; where there is no tail, -1."""
+        if support_ids.shape[-1] in (0, laws.shape[-1]):
+            nothing = torch.full_like(laws[:, 0], -torch.inf)
+            return {"spare_id": torch.full_like(nothing, -1, dtype=torch.int64), "spare_logprob": nothing}
+        tail = laws.scatter(-1, support_ids, -torch.inf)
+        ids = sample_from_logprobs(tail, self._desk.uniforms(numbers, positions, Purpose.SPARE))
+        return {"spare_id": ids, "spare_logprob": _at(laws, ids)}
 
 
 class CompletionScorer:
     """Stands in for the runner's prompt log-probs: reads requested ids at the completion's positions of a prompt.
 
     vLLM's own makes Python objects of the likeliest ids and cannot be asked for given ones. A text is prompt plus
-    completion but for the completion's last token, whose hidden state predicts nothing that is asked for.
+    completion but for the completion's last token, whose hidden state predicts nothing that is asked for. What vLLM
+    reads from its prefix cache is not computed and hence not scored: the engine asks again where scores are missing.
     """
 
     def __init__(self, desk: Desk) -> None:
@@ -141,6 +171,7 @@ class CompletionScorer:
 
     def __call__(self, hidden_states: Tensor, num_scheduled_tokens: Mapping[str, int]) -> dict[str, Any]:
         """Record scores from this step's hidden states [tokens, H]; vLLM itself gets no prompt log-probs."""
+        self._desk.num_computed += sum(num_scheduled_tokens.values())
         job = self._desk.job
         if not isinstance(job, ScoreJob):
             return {}
@@ -189,7 +220,7 @@ class BlendingSampler:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self.num_undrafted = 0
+        self.num_undrafted = self.num_passes = self.num_drafted = 0
         self._laws: list[Tensor] = []
         """Of the drafts that the coming step verifies, one [N, V] for each position."""
         self._rows: dict[str, int] = {}
@@ -217,13 +248,14 @@ class BlendingSampler:
             sampling_metadata: unused.
         """
         desk, names = self._desk, self._desk.runner.input_batch.req_ids
-        numbers, positions = desk.numbers(), desk.num_sampled() - 1  # the forced token is not the completion's
+        numbers, num_sampled = desk.numbers(), desk.num_sampled()
+        positions = num_sampled - 1 + desk.num_given(numbers)  # the forced token is not a new one
         drafted_as = np.array([self._rows.get(name, -1) if self._laws else -1 for name in names])
         # Where one token of a prompt is left to compute, vLLM pads the row with drafts that nobody drew.
         drafted = (np.array(metadata.num_draft_tokens) > 0) & (drafted_as >= 0)
         emitted = np.full((len(names), metadata.max_spec_len + 1), -1, np.int32)
         for row in np.flatnonzero(~drafted & ~desk.is_partial()):
-            emitted[row, 0] = self._without_draft(numbers[row], positions[row])
+            emitted[row, 0] = self._without_draft(numbers[row], num_sampled[row])
         if drafted.any():
             drafts = self._drafts(metadata, logits, np.flatnonzero(drafted), drafted_as[drafted])
             emitted[drafted, : drafts.ids.shape[1]] = self._verify(drafts, numbers[drafted], positions[drafted])
@@ -245,26 +277,29 @@ class BlendingSampler:
             teacher_logprobs=self._desk.logprobs(logits[metadata.target_logits_indices[index]]),
         )
 
-    def _without_draft(self, number: int, position: int) -> int:
+    def _without_draft(self, number: int, num_sampled: int) -> int:
         job = self._desk.job
         assert isinstance(job, SampleJob)
-        if position == -1:
-            return job.requests[number].prompt_ids[-1]
+        if num_sampled == 0:
+            request = job.requests[number]
+            return (*request.prompt_ids, *request.completion_ids)[-1]
         self.num_undrafted += 1
-        return self._desk.laws.stop_token_id  # ends the request; the engine refuses the whole job
+        return self._desk.laws.head.stop_token_id  # ends the request; the engine refuses the whole job
 
     def _verify(self, drafts: "_Drafts", numbers: Array, positions: Array) -> Array:
         """Verify B rows that have drafts, record what they emit, and return it, [B, k] with -1 for none."""
         desk, (batch, k) = self._desk, drafts.ids.shape
         assert isinstance(desk.job, SampleJob)
+        assert desk.job.behaviour is not None
+        self.num_passes += batch
+        self.num_drafted += int(drafts.num_drafted.sum())
         every_position = positions[:, None] + np.arange(k)
         flat = (np.repeat(numbers, k), every_position.reshape(-1))
         drawn = torch.stack([desk.uniforms(*flat, Purpose.ACCEPT), desk.uniforms(*flat, Purpose.REPLACE)], dim=-1)
-        verdict = verify_draft(
+        verdict = verify_target(
             drafts.ids,
             drafts.student_logprobs,
-            drafts.teacher_logprobs,
-            desk.job.epsilon,
+            desk.job.behaviour.target(drafts.student_logprobs, drafts.teacher_logprobs),
             num_drafted=drafts.num_drafted,
             uniforms=drawn.reshape(batch, k, 2).to(drafts.ids.device),
         )
@@ -285,6 +320,7 @@ class BlendingSampler:
             teacher_logprob=_at(teacher, ids),
             beta=verdict.beta[emitted],
             divergence=verdict.divergence[emitted],
+            teacher_divergence=verdict.teacher_divergence[emitted],
             accepted=kept[emitted],
             support_ids=support_ids,
             support_student_logprobs=support_student_logprobs,
@@ -328,13 +364,20 @@ class RecordingWorker:
 
     def tutelage_set_job(self, job: SampleJob | ScoreJob) -> None:
         """Say what the coming requests are, and forget what was recorded before."""
-        self._tutelage_desk.job = job
-        self._tutelage_desk.tape.read()
-        self._tutelage_blending.num_undrafted = 0
+        desk, blending = self._tutelage_desk, self._tutelage_blending
+        desk.job, desk.num_computed = job, 0
+        desk.tape.read()
+        blending.num_undrafted = blending.num_passes = blending.num_drafted = 0
 
     def tutelage_read_record(self) -> Record:
         """Return what was recorded, and forget it."""
-        return Record(columns=self._tutelage_desk.tape.read(), num_undrafted=self._tutelage_blending.num_undrafted)
+        desk, blending = self._tutelage_desk, self._tutelage_blending
+        return Record(
+            columns=desk.tape.read(),
+            num_computed=desk.num_computed,
+            num_undrafted=blending.num_undrafted,
+            counts=BlendCounts(num_passes=blending.num_passes, num_drafted=blending.num_drafted),
+        )
 
     def tutelage_load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: the drafter's where there is one.

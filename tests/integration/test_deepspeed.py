@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from actors.experience import Completion, Prompt, Rollout, TeacherScores, rollouts_to_arrow
+from actors.head import Head
 from actors.weights import PolicyWeights, read_weights
 from learner.batcher import Batcher, TrainBatch
 from learner.config import LearnerSection, Objective, PolicyGradientObjective, ReverseKLObjective
@@ -27,9 +28,11 @@ from rewards.grader_actor import summary, with_grades
 
 pytestmark = pytest.mark.ray
 
-VOCABULARY_SIZE = 11
+NUM_DRAWABLE = 11
+"""The ids that are ever drawn; the one after them is a second stop token, then comes one of padding."""
 NUM_ROLLOUTS = 8
 NUM_STEPS = 5
+HEAD = Head(stop_token_ids=(2, NUM_DRAWABLE), vocab_size=NUM_DRAWABLE + 1)
 DISTIL = ReverseKLObjective(support_size="full")
 REINFORCE = PolicyGradientObjective(method="grpo", focal_gamma=0.5)
 
@@ -39,7 +42,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A student with random weights; large ones, so that its laws are far from uniform."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=NUM_DRAWABLE + 2,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -61,14 +64,15 @@ def make_rollouts(step: int) -> list[Rollout]:
     random = np.random.default_rng(step)
 
     def random_laws(num_positions: int) -> np.ndarray[Any, Any]:
-        logits = torch.from_numpy(random.normal(size=(num_positions, VOCABULARY_SIZE)))
-        return np.asarray(logits.log_softmax(-1).numpy(), np.float32)
+        logits = torch.from_numpy(random.normal(size=(num_positions, NUM_DRAWABLE)))
+        second_stop = np.full((num_positions, 1), -np.inf)
+        return np.concatenate([logits.log_softmax(-1).numpy(), second_stop], axis=1).astype(np.float32)
 
     rollouts = []
     for i in range(NUM_ROLLOUTS):
         num_tokens = int(random.integers(1, 6))
         laws = random_laws(num_tokens)
-        token_ids = random.integers(VOCABULARY_SIZE, size=num_tokens).astype(np.int32)
+        token_ids = random.integers(NUM_DRAWABLE, size=num_tokens).astype(np.int32)
         order = np.argsort(-laws, axis=1).astype(np.int32)
         chosen = np.take_along_axis(laws, token_ids[:, None], axis=1)[:, 0]
         rollouts.append(
@@ -76,7 +80,7 @@ def make_rollouts(step: int) -> list[Rollout]:
                 prompt=Prompt(
                     prompt_id=f"{step}-{i // 2}",
                     text="",
-                    token_ids=tuple(random.integers(VOCABULARY_SIZE, size=1 + (i // 2) % 3).tolist()),
+                    token_ids=tuple(random.integers(NUM_DRAWABLE, size=1 + (i // 2) % 3).tolist()),
                     task="none",
                     reference="",
                 ),
@@ -151,7 +155,7 @@ class RankHost:
 
     def open(self, address: tuple[str, int], **arguments: Any) -> None:
         self._rank = LearnerRank(
-            name="hosted", rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, temperature=1.0, **arguments
+            name="hosted", rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, head=HEAD, **arguments
         )
         self._rank.connect(*address, one_machine=True)
 
@@ -265,13 +269,15 @@ def plain_loss(model: Any, rollout: Rollout, advantage: float, objective: Object
     """Per-token losses [T] of one rollout."""
     prompt, completion = list(rollout.prompt.token_ids), rollout.completion
     tokens = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
-    logprobs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    wide = model(tokens).logits[0, len(prompt) - 1 : -1, : HEAD.vocab_size].double().softmax(-1)
+    both_stops = wide[:, [2, NUM_DRAWABLE]].sum(-1, keepdim=True)
+    logprobs = torch.cat([wide[:, :2], both_stops, wide[:, 3:NUM_DRAWABLE]], dim=-1).log()
     if isinstance(objective, ReverseKLObjective):
         assert rollout.teacher is not None
         assert rollout.teacher.teacher_logprobs is not None
         ids = torch.tensor(rollout.teacher.support_ids.astype(np.int64))
-        teacher = torch.empty_like(logprobs).scatter(-1, ids, torch.tensor(rollout.teacher.teacher_logprobs))
-        return (logprobs.exp() * (logprobs - teacher)).sum(-1)
+        teacher = torch.empty(ids.shape).scatter(-1, ids, torch.tensor(rollout.teacher.teacher_logprobs))
+        return (logprobs.exp() * (logprobs - teacher[:, :NUM_DRAWABLE])).sum(-1)
     chosen = logprobs[range(completion.num_tokens), completion.token_ids.tolist()]
     ratio = (chosen - torch.tensor(completion.behaviour_logprobs)).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -360,7 +366,12 @@ def test_a_group_learns_survives_a_refused_step_and_dies_with_its_first_rank(
 ) -> None:
     section = make_section(world_size=2, micro_batch_size=2)
     with LearnerGroup(
-        section, model_folder=model_folder, rollouts_per_step=NUM_ROLLOUTS, num_steps=NUM_STEPS, namespace="tests"
+        section,
+        model_folder=model_folder,
+        rollouts_per_step=NUM_ROLLOUTS,
+        num_steps=NUM_STEPS,
+        namespace="tests",
+        head=HEAD,
     ) as group:
         first = group.publish()
         assert group.step(make_batch(0, DISTIL)).policy_version == 1
@@ -383,7 +394,12 @@ def test_a_group_learns_survives_a_refused_step_and_dies_with_its_first_rank(
 def test_a_model_folder_that_is_missing_is_told_in_the_first_line(ray_cluster: str, tmp_path: Path) -> None:
     with pytest.raises(LearnerError) as failure:
         LearnerGroup(
-            make_section(), model_folder=str(tmp_path / "nothing"), rollouts_per_step=8, num_steps=1, namespace="tests"
+            make_section(),
+            model_folder=str(tmp_path / "nothing"),
+            rollouts_per_step=8,
+            num_steps=1,
+            namespace="tests",
+            head=HEAD,
         )
     assert re.match(r"learner-0 failed to start: .*nothing", str(failure.value).splitlines()[0])
 
@@ -391,10 +407,10 @@ def test_a_model_folder_that_is_missing_is_told_in_the_first_line(ray_cluster: s
 def test_ranks_that_take_too_long_are_stopped(ray_cluster: str, model_folder: str) -> None:
     hurried = make_section(start_timeout_s=0.01)
     with pytest.raises(LearnerError, match=r"start must end within 0.01 s, but learner-0 had not"):
-        LearnerGroup(hurried, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
+        LearnerGroup(hurried, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests", head=HEAD)
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_any_rank_starts(model_folder: str) -> None:
     section = make_section(world_size=2, micro_batch_size=3)
     with pytest.raises(ValueError, match=r"world_size 2 x learner.micro_batch_size 3, got 8"):
-        LearnerGroup(section, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests")
+        LearnerGroup(section, model_folder=model_folder, rollouts_per_step=8, num_steps=1, namespace="tests", head=HEAD)

@@ -42,12 +42,14 @@ def test_a_math_grader_works_in_an_actor_and_close_ends_its_workers(ray_cluster:
         }
     )
     actor: Any = ray.remote(GraderActor).options(num_cpus=0.25).remote("grader-0", GradersSection(deadline_s=2.0))
-    graded, summary = actor.grade.options(num_returns=2).remote(batch)
+    graded, learned, summary = actor.grade.options(num_returns=3).remote(batch, ["prompt_id", "token_ids"])
     assert ray.get(summary).to_pydict() == {
         "prompt_id": ["p"] * 4, "sample_index": [0, 1, 2, 3], "reward": [1.0, 0.0, 0.0, 1.0],
         "status": ["correct", "timed_out", "wrong", "correct"], "num_tokens": [1, 2, 0, 1],
     }  # fmt: skip
-    assert ray.get(graded).schema == batch.schema
+    assert ray.get(graded).schema == ray.get(learned).schema == batch.schema
+    assert ray.get(learned)["token_ids"] == batch["token_ids"]
+    assert ray.get(learned)["text"].null_count == ray.get(learned)["reward"].null_count == 4
     assert len(workers() - before) == 1
     ray.get(actor.close.remote())
     assert workers() == before

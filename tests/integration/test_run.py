@@ -17,11 +17,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.experience import Rollout, rollouts_from_arrow
+from actors.trust_region import blend
+from learner.tiny_models import tiny_folder
 from rewards import addition
+from tests.exact_laws import laws_along
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -66,7 +70,7 @@ def timeless(file: Path) -> list[dict[str, Any]]:
 
 
 def recorded_kl(rollouts: list[Rollout]) -> float:
-    """KL(student || teacher), mean over all tokens, from what the engines recorded on the full support."""
+    """sum_S s (log s - log t), mean over all tokens, from what the engines recorded on the support."""
     each = []
     for rollout in rollouts:
         assert rollout.teacher is not None
@@ -74,7 +78,7 @@ def recorded_kl(rollouts: list[Rollout]) -> float:
         ours, theirs = (
             a.astype(np.float64) for a in (rollout.teacher.student_logprobs, rollout.teacher.teacher_logprobs)
         )
-        each.append((np.exp(ours) * (ours - theirs)).sum(1))
+        each.append((np.exp(ours) * (ours - np.maximum(theirs, -30.0))).sum(1))
     return float(np.concatenate(each).mean())
 
 
@@ -136,6 +140,35 @@ def test_every_rollout_is_kept_as_it_was(straight: tuple[Path, str]) -> None:
     assert len(seen) == 8 * 16
     assert metrics[0]["blend/beta"] > 0
     assert metrics[4]["blend/beta"] == 0
+
+
+def test_the_law_of_every_token_is_that_of_a_separate_forward(ray_cluster: str, tmp_path: Path) -> None:
+    """log mu in float64, from the weights of each step, on the stored support at the stored budget."""
+    folder, _ = run(
+        QUICKSTART, tmp_path, *SMALL, "training.num_steps=5", "checkpoints.every_steps=1", "checkpoints.keep=9",
+        "evaluation.num_prompts=0", address=ray_cluster,
+    )  # fmt: skip
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder("addition-teacher"), dtype=torch.float64)
+    for step in range(5):
+        weights = folder / "checkpoints" / f"step_{step:06d}" / "model" if step else tiny_folder("addition-student")
+        student = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float64)
+        table = pq.read_table(folder / "rollouts" / f"step_{step:06d}.parquet")
+        rollouts = [r for batch in table.to_batches() for r in rollouts_from_arrow(batch)]
+        for rollout in rollouts:
+            completion, scores, trace = rollout.completion, rollout.teacher, rollout.blend
+            assert scores is not None
+            assert trace is not None
+            pi_s, pi_t = (laws_along(m, rollout.prompt.token_ids, completion.token_ids) for m in (student, teacher))
+            support = torch.from_numpy(scores.support_ids.copy()).long()
+            assert support.shape[1] == 16, "the truncated support is the daily path"
+            tails = [torch.logsumexp(law.scatter(1, support, -torch.inf), 1, keepdim=True) for law in (pi_s, pi_t)]
+            coarse = [torch.cat([law.gather(1, support), t], 1) for law, t in zip((pi_s, pi_t), tails, strict=True)]
+            mu = blend(coarse[0], coarse[1], torch.from_numpy(trace.epsilon.astype(np.float64))).logprobs
+            whole = (pi_s - tails[0] + mu[:, -1:]).scatter(1, support, mu[:, :-1])
+            drawn = whole.gather(1, torch.from_numpy(completion.token_ids.copy()).long()[:, None])[:, 0]
+            np.testing.assert_allclose(completion.behaviour_logprobs, drawn, atol=1e-4)
+            spent = (whole.exp() * (whole - pi_s)).sum(1).numpy()
+            assert (spent <= trace.epsilon * (1 + 1e-3) + 1e-6).all(), "the budget holds on the whole vocabulary"
 
 
 def test_two_synchronous_runs_write_the_same_metrics(

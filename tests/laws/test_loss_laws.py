@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.head import Head
 from learner.config import PolicyGradientObjective, ReverseKLObjective
 from learner.losses import ClippedPolicyGradient, Loss, LossInputs, ReverseKL, build_loss
 
@@ -177,17 +178,16 @@ def test_logits_that_are_not_numbers_are_not_hidden(loss: Loss) -> None:
     seed=seeds,
     clip_low=st.sampled_from([0.0, 0.2, 1.0]),
     clip_high=st.sampled_from([0.0, 0.2, 0.28, 5.0]),
-    temperature=st.sampled_from([0.7, 1.0, 1.5]),
     num_positions=lengths,
 )
 def test_the_clipped_surrogate_is_the_naive_one(
-    seed: int, clip_low: float, clip_high: float, temperature: float, num_positions: int
+    seed: int, clip_low: float, clip_high: float, num_positions: int
 ) -> None:
     inputs = make_inputs(seed, num_positions=num_positions)
     total = torch.zeros((), dtype=torch.float64)
     ratios, clipped, gaps, entropies = [], 0, [], []
     for row, position in inputs.loss_mask.nonzero().tolist():
-        law = (inputs.logits[row, position] / temperature).log_softmax(-1)
+        law = inputs.logits[row, position].log_softmax(-1)
         policy = law[inputs.token_ids[row, position]]
         behaviour = inputs.behaviour_logprobs[row, position].item()
         advantage = inputs.advantages[row].item()
@@ -199,7 +199,7 @@ def test_the_clipped_surrogate_is_the_naive_one(
         clipped += is_clipped
         gaps.append(abs(policy.item() - behaviour))
         entropies.append(-(law.exp() * law).sum().item())
-    loss = ClippedPolicyGradient(clip_low=clip_low, clip_high=clip_high, temperature=temperature)
+    loss = ClippedPolicyGradient(clip_low=clip_low, clip_high=clip_high)
     outputs = loss(inputs)
     assert torch.allclose(outputs.per_token.sum(), total, atol=1e-10)
     assert outputs.metrics["ratio"].item() == pytest.approx(sum(ratios))
@@ -248,6 +248,38 @@ def test_an_objective_of_the_recipe_becomes_its_loss() -> None:
         support_size=4, teacher_logprob_floor=-9.0
     )
     objective = PolicyGradientObjective(clip_high=0.28)
-    assert build_loss(objective, temperature=0.7) == ClippedPolicyGradient(clip_high=0.28, temperature=0.7)
+    assert build_loss(objective, temperature=0.7) == ClippedPolicyGradient(clip_high=0.28)
     with pytest.raises(ValueError, match=r"at temperature 1.0, got rollouts at 0.7"):
         build_loss(ReverseKLObjective(), temperature=0.7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@given(seed=seeds)
+def test_a_loss_of_merged_logits_is_that_of_the_merged_law_computed_by_hand(seed: int, temperature: float) -> None:
+    """Stop tokens 2 and 5 are one event, ids from 6 on are padding: both losses and their gradients in float64."""
+    wide = make_inputs(seed, vocabulary_size=9, support_size=9)
+    head = Head(stop_token_ids=(2, 5), vocab_size=6, temperature=temperature)
+    logits = wide.logits.detach().requires_grad_()
+    probabilities = (logits[..., :6] / temperature).softmax(-1)
+    moved = probabilities * torch.tensor([1.0, 1, 0, 1, 1, 0], dtype=torch.float64)
+    law = moved + torch.eye(6, dtype=torch.float64)[2] * (probabilities[..., 2] + probabilities[..., 5])[..., None]
+    kept = [0, 1, 2, 3, 4]
+    teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log_softmax(-1)
+    teacher = torch.cat([teacher, torch.full((2, 3, 1), -math.inf, dtype=torch.float64)], -1)
+    token_ids = wide.token_ids % 5
+    chosen = law.gather(-1, token_ids[..., None])[..., 0].log()
+    by_hand = {
+        ReverseKL(support_size=None): (law[..., kept] * (law[..., kept].log() - teacher[..., kept])).sum(-1),
+        ClippedPolicyGradient(clip_low=1.0, clip_high=1e9): -(chosen - wide.behaviour_logprobs).exp()
+        * wide.advantages[:, None],
+    }
+    for loss, expected in by_hand.items():
+        merged = changed(
+            wide, logits=head.scores(logits), token_ids=token_ids, support_ids=torch.arange(6).expand(2, 3, 6),
+            support_teacher_logprobs=teacher,
+        )  # fmt: skip
+        total, masked = loss(merged).per_token, expected.masked_fill(~wide.loss_mask, 0)
+        assert torch.allclose(total, masked, atol=1e-10)
+        ours, theirs = (torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (total, masked))
+        assert torch.allclose(ours, theirs, atol=1e-9)
+        assert (ours[..., 6:] == 0).all()

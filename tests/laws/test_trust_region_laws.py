@@ -2,15 +2,26 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.trust_region import blend, solve_beta, verify_draft
+from actors.random_numbers import sample_from_logprobs
+from actors.trust_region import (
+    Blend,
+    Verdict,
+    blend,
+    blend_at,
+    law_as_blend,
+    solve_beta,
+    verify_draft,
+    verify_target,
+)
 
 STUDENT = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
 TEACHER = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
@@ -84,6 +95,72 @@ def test_the_budget_holds_and_is_used(pair: tuple[Tensor, Tensor], epsilon: floa
     assert (spent <= epsilon * (1 + relative) + 1e-9).all()
     inside = (beta > 0) & (beta < 1)
     assert (spent[inside] >= 0.999 * epsilon - 1e-9).all()
+
+
+def heavy_rows(rows: int, vocab: int, scale: float, seed: int, tail: float = 3.0) -> Tensor:
+    """Log-probs of rows whose logits follow Student's t, float64."""
+    torch.manual_seed(seed)
+    return (torch.distributions.StudentT(tail).sample((rows, vocab)).double() * scale).log_softmax(-1)
+
+
+def spent_and_share(student: Tensor, teacher: Tensor, beta: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence at beta in float64, and the share of the budget that it is, 1 where beta is 0 or 1."""
+    spent = divergence(mixture(student, teacher, beta.double()), student.double().log_softmax(-1))
+    return spent, torch.where((beta > 0) & (beta < 1), spent / epsilon, 1.0)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(2, 20_000),
+    st.sampled_from([0.3, 1.0, 4.0]),
+    st.sampled_from([0.3, 1.0, 4.0]),
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+)
+def test_the_budget_of_each_row_holds_and_is_used_on_heavy_tailed_rows(
+    vocab: int, first: float, second: float, seed: int, dtype: torch.dtype, masked: bool
+) -> None:
+    student, teacher = heavy_rows(5, vocab, first, seed), heavy_rows(5, vocab, second, seed + 1)
+    if masked:
+        for law in (student, teacher):
+            hidden = torch.rand(law.shape) < 0.01
+            hidden[torch.arange(5), law.argmax(-1)] = False
+            law[hidden] = -torch.inf
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    epsilon = torch.tensor([1e-6, 0.001, 0.02, 0.5, 4.0], dtype=torch.float64)
+    relative = 1e-4 if dtype == torch.float32 else 1e-5
+    result = blend(student, teacher, epsilon)
+    assert torch.equal(result.beta, solve_beta(student, teacher, epsilon))
+    spent, share = spent_and_share(student, teacher, result.beta, epsilon)
+    own = student.double().log_softmax(-1)
+    returned = divergence(result.logprobs.double().log_softmax(-1), own)
+    for figure in (spent, returned):
+        assert (figure <= epsilon * (1 + relative) + 1e-9).all()
+    assert (share[1:] >= 0.999).all()
+    assert share[0] >= 0.99
+    assert result.divergence.tolist() == pytest.approx(spent.tolist(), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("vocab", [151_936, 262_144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_budget_holds_and_is_used_on_whole_vocabularies(vocab: int, dtype: torch.dtype) -> None:
+    student, teacher = heavy_rows(3, vocab, 1.5, 0).to(dtype), heavy_rows(3, vocab, 1.5, 1).to(dtype)
+    epsilon = torch.tensor([0.001, 0.02, 0.05], dtype=torch.float64)
+    spent, share = spent_and_share(student, teacher, solve_beta(student, teacher, epsilon), epsilon)
+    assert (spent <= epsilon * (1 + 1e-5) + 1e-9).all()
+    assert (share >= 0.999).all()
+
+
+@pytest.mark.parametrize("vocab", [5, 40_000])
+@pytest.mark.parametrize("never", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_log_probs_so_low_that_they_mean_never_keep_the_budget(vocab: int, never: float) -> None:
+    """As some engines mask. The divergence jumps almost as with -inf, within a beta of 1e-8 at -1e9."""
+    student, teacher = heavy_rows(4, vocab, 1.0, 0).float(), heavy_rows(4, vocab, 1.0, 1).float()
+    teacher[:, 0] = never
+    spent, share = spent_and_share(student, teacher, solve_beta(student, teacher, 0.3), 0.3)
+    assert (spent <= 0.3 * (1 + 1e-4)).all()
+    assert (share >= 0.999).all()
 
 
 @given(laws(masked=True), epsilons)
@@ -218,50 +295,180 @@ def test_a_row_of_a_deeper_shape_is_named_by_its_indices() -> None:
         blend(student, torch.zeros(2, 3, 4), 0.1)
 
 
-def emission_law(student: Tensor, teacher: Tensor, epsilon: float) -> Tensor:
-    """Integrate `verify_draft` over its uniforms for one position: the exact law of what it emits.
+@given(laws(masked=True), epsilons)
+def test_the_divergence_from_the_teacher_is_that_of_the_law_returned(
+    pair: tuple[Tensor, Tensor], epsilon: float
+) -> None:
+    student, teacher = pair
+    result = blend(student, teacher, epsilon)
+    mu = mixture(student, teacher, result.beta.double())
+    expected = divergence(mu, teacher.double().log_softmax(-1))
+    assert result.teacher_divergence.tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
 
-    Each draft x is kept up to a threshold u* of the first uniform, found by bisection on the function itself; the
-    redrawn token's law is read off a fine grid of the second uniform.
+
+def test_the_divergence_from_a_teacher_that_lacks_a_token_is_infinite() -> None:
+    student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]).log()
+    assert blend(student, teacher, 0.1).teacher_divergence == math.inf
+    assert blend(student, teacher, 1.0).teacher_divergence == pytest.approx(0, abs=1e-6)
+    assert blend(teacher, student, 0.0).teacher_divergence == pytest.approx(math.log(2))
+
+
+@given(laws(masked=True), st.floats(0, 1))
+def test_a_blend_at_a_beta_is_the_mixture_there(pair: tuple[Tensor, Tensor], beta: float) -> None:
+    student, teacher = pair
+    result = blend_at(student, teacher, beta)
+    nothing_shared = ~(student.isfinite() & teacher.isfinite()).any(-1)
+    at = torch.where(nothing_shared, 0.0, torch.tensor(beta, dtype=torch.float64))
+    expected = mixture(student, teacher, at)
+    assert result.logprobs.exp().double().tolist() == pytest.approx(np.asarray(expected.exp()), abs=1e-6)
+    assert result.beta.tolist() == pytest.approx(at.tolist(), rel=1e-6)
+    for figure, base in ((result.divergence, student), (result.teacher_divergence, teacher)):
+        own = divergence(expected, base.double().log_softmax(-1))
+        assert figure.tolist() == pytest.approx(own.tolist(), rel=1e-5, abs=1e-6)
+    assert torch.equal(result.logprobs[at == 0], student[at == 0])
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, [0.5, 2.0]])
+def test_a_beta_outside_its_range_is_refused(beta: float | list[float]) -> None:
+    given = torch.tensor(beta) if isinstance(beta, list) else beta
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\], got .* in row"):
+        blend_at(STUDENT.expand(2, 3), TEACHER.expand(2, 3), given)
+
+
+@given(laws(masked=True), st.floats(0, 1))
+def test_a_law_as_a_blend_has_its_divergences(pair: tuple[Tensor, Tensor], beta: float) -> None:
+    at = blend_at(*pair, beta)
+    result = law_as_blend(at.logprobs, *pair)
+    assert result.beta.isnan().all()
+    assert torch.equal(result.logprobs, at.logprobs)
+    assert result.divergence.tolist() == pytest.approx(at.divergence.tolist(), rel=1e-4, abs=1e-5)
+    assert result.teacher_divergence.tolist() == pytest.approx(at.teacher_divergence.tolist(), rel=1e-4, abs=1e-5)
+
+
+Verifier = Callable[[Tensor, Tensor, Blend, Tensor], Verdict]
+
+
+def correct(ids: Tensor, student: Tensor, target: Blend, uniforms: Tensor) -> Verdict:
+    return verify_target(ids, student, target, uniforms=uniforms)
+
+
+def forgets_the_residual(ids: Tensor, student: Tensor, target: Blend, uniforms: Tensor) -> Verdict:
+    """Redraws from mu itself."""
+    verdict = correct(ids, student, target, uniforms)
+    redrawn = sample_from_logprobs(target.logprobs[:, 0], uniforms[:, 0, 1])
+    return verdict._replace(replacement_ids=torch.where(verdict.replacement_ids >= 0, redrawn, -1))
+
+
+def keeps_everything(ids: Tensor, student: Tensor, target: Blend, uniforms: Tensor) -> Verdict:
+    verdict = correct(ids, student, target, uniforms)
+    return verdict._replace(
+        num_accepted=torch.ones_like(verdict.num_accepted), replacement_ids=torch.full_like(verdict.num_accepted, -1)
+    )
+
+
+def emission_law(verify: Verifier, student: Tensor, target: Blend) -> Tensor:
+    """Integrate a verifier over its uniforms for one position: the exact law of what it emits.
+
+    Draft x is kept up to a threshold of the first uniform, and an id of at most y is redrawn up to a threshold of the
+    second; both are found by bisection on the verifier itself, for all x or y at once.
     """
-    vocab, grid = len(student), 4096
-    law = torch.zeros(vocab, dtype=torch.float64)
-    cells = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    vocab = len(student)
+    rows = Blend(*(field.expand(vocab, 1, *field.shape) for field in target))
+
+    def verdicts(drafts: Tensor, first: Tensor, second: Tensor) -> Verdict:
+        return verify(drafts[:, None], student.expand(vocab, 1, vocab), rows, torch.stack([first, second], -1)[:, None])
+
+    def thresholds(holds: Callable[[Tensor], Tensor]) -> Tensor:
+        low, high = torch.zeros(2, vocab, dtype=torch.float64)
+        high = high + 1
+        for _ in range(45):
+            middle = (low + high) / 2
+            up = holds(middle)
+            low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+        return low
+
+    each, zeros = torch.arange(vocab), torch.zeros(vocab, dtype=torch.float64)
+    last = zeros + 1 - 2**-53
+    kept = thresholds(lambda u: verdicts(each, u, zeros).num_accepted == 1)
+    drafted = student.double().softmax(-1)
+    law = drafted * kept
     for x in range(vocab):
-
-        def kept(u: float, x: int = x) -> bool:
-            verdict = verify_draft(torch.tensor([[x]]), student[None, None], teacher[None, None], epsilon,
-                                   uniforms=torch.tensor([[[u, 0.5]]], dtype=torch.float64))  # fmt: skip
-            return bool(verdict.num_accepted[0] == 1)
-
-        low, high = 0.0, 1.0
-        if kept(1 - 2**-53):
-            low = 1.0
-        else:
-            for _ in range(40):
-                middle = (low + high) / 2
-                low, high = (middle, high) if kept(middle) else (low, middle)
-        drafted = float(student.double().softmax(-1)[x])
-        law[x] += drafted * low
-        if low < 1.0:
-            u = torch.stack([torch.full((grid,), 1 - 2**-53, dtype=torch.float64), cells], -1)[:, None]
-            verdict = verify_draft(torch.full((grid, 1), x), student.expand(grid, 1, vocab),
-                                   teacher.expand(grid, 1, vocab), epsilon, uniforms=u)  # fmt: skip
-            redrawn = torch.bincount(verdict.replacement_ids, minlength=vocab).double() / grid
-            law += drafted * (1 - low) * redrawn
+        if verdicts(each, last, zeros).num_accepted[x] == 0:
+            cumulative = thresholds(lambda u, x=x: verdicts(each * 0 + x, last, u).replacement_ids <= each)
+            law += drafted[x] * (1 - kept[x]) * cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64))
     return law
+
+
+def targets(seed: int, epsilon: float) -> tuple[Tensor, list[Blend]]:
+    """A student's row, and three laws to be emitted: within a budget, at a beta, and any law."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, other = torch.randn(3, 6, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
+    other[1] = -torch.inf
+    return student, [
+        blend(student, teacher, epsilon),
+        blend_at(student, teacher, 0.4),
+        law_as_blend(other.log_softmax(-1), student, teacher),
+    ]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.02, 0.3, 5.0])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_verification_emits_is_distributed_exactly_as_mu(epsilon: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, 6, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
-    expected = blend(student, teacher, epsilon).logprobs.exp()
-    law = emission_law(student, teacher, epsilon)
-    assert law.tolist() == pytest.approx(expected.tolist(), abs=3e-4)
-    if epsilon >= 0.02:  # the control: the student's own law is another one
-        assert law.tolist() != pytest.approx(student.exp().tolist(), abs=3e-4)
+def test_what_verification_emits_is_distributed_exactly_as_its_target(epsilon: float, seed: int) -> None:
+    student, laws_to_emit = targets(seed, epsilon)
+    for target in laws_to_emit:
+        law = emission_law(correct, student, target)
+        assert law.tolist() == pytest.approx(target.logprobs.exp().tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [forgets_the_residual, keeps_everything])
+def test_a_wrong_verification_emits_another_law(wrong: Verifier) -> None:
+    """The control of the test above."""
+    student, laws_to_emit = targets(0, 0.3)
+    for target in laws_to_emit:
+        law = emission_law(wrong, student, target)
+        assert law.sum() == pytest.approx(1)
+        assert (law - target.logprobs.exp()).abs().max() > 1e-3
+
+
+def surprise(counts: Tensor, law: Tensor) -> float:
+    """Pearson's chi-square as a standard normal (Wilson and Hilferty)."""
+    expected, freedom = law * counts.sum(), law.numel() - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+def test_two_tokens_follow_mu_unless_a_bonus_token_is_added(bonus: bool) -> None:
+    """Ragged drafts of two tokens, the rest in a second round; a bonus from the teacher, after a draft that was kept
+    whole, is the control. The laws of the second position depend on the first token."""
+    number, vocab, epsilon = 200_000, 4, 0.1
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 1 + vocab, vocab, generator=generator, dtype=torch.float64).log_softmax(-1)
+    mu = blend(student, teacher, epsilon).logprobs
+
+    def draw(rows: Tensor, law: Tensor) -> Tensor:
+        return sample_from_logprobs(law[rows], torch.rand(len(rows), generator=generator, dtype=torch.float64))
+
+    def verified(drafts: Tensor, rows: Tensor, num_drafted: Tensor) -> Verdict:
+        return verify_draft(drafts, student[rows], teacher[rows], epsilon, num_drafted=num_drafted, generator=generator)
+
+    start = torch.zeros(number, dtype=torch.long)
+    first = draw(start, student)
+    second = draw(1 + first, student)
+    num_drafted = torch.randint(1, 3, (number,), generator=generator)
+    verdict = verified(torch.stack([first, second], 1), torch.stack([start, 1 + first], 1), num_drafted)
+    one = torch.where(verdict.num_accepted >= 1, first, verdict.replacement_ids)
+    again = draw(1 + one, student)
+    later = verified(again[:, None], 1 + one[:, None], torch.ones(number, dtype=torch.long))
+    two = torch.where(later.num_accepted == 1, again, later.replacement_ids)
+    two = torch.where((verdict.num_accepted == 1) & (num_drafted == 2), verdict.replacement_ids, two)
+    two = torch.where(verdict.num_accepted == 2, second, two)
+    if bonus:
+        kept_whole = (verdict.num_accepted == 1) & (num_drafted == 1)
+        two = torch.where(kept_whole, draw(1 + one, teacher), two)
+    counts = torch.bincount(one * vocab + two, minlength=vocab**2).double()
+    law = (mu[0][:, None] + mu[1:]).exp().flatten()
+    assert (surprise(counts, law) > 6) == bonus  # 6 deviations: a false alarm in 1e9
 
 
 @given(laws(), epsilons, st.integers(1, 5), st.integers(0, 2**32 - 1))
@@ -296,7 +503,22 @@ def test_acceptance_is_at_least_what_pinsker_promises(epsilon: float) -> None:
     assert (acceptance >= 1 - math.sqrt(epsilon / 2) - 1e-9).all()
 
 
-def test_a_row_without_a_draft_is_refused() -> None:
-    law = torch.zeros(2, 1, 3).log_softmax(-1)
-    with pytest.raises(ValueError, match="num_drafted must be at least 1 in every row, got 0 in row 1"):
-        verify_draft(torch.zeros(2, 1, dtype=torch.long), law, law, 0.1, num_drafted=torch.tensor([1, 0]))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_drafted": torch.tensor([1, 0])}, "num_drafted must be at least 1 in every row, got 0 in row 1"),
+        ({"num_drafted": torch.tensor([3, 1])}, "num_drafted must be at most k = 2 in every row, got 3 in row 0"),
+        ({"num_drafted": torch.tensor([1])}, r"num_drafted must have shape \(2,\)"),
+        ({"uniforms": torch.zeros(2, 2)}, r"uniforms must have shape \(2, 2, 2\)"),
+        ({"uniforms": torch.ones(2, 2, 2)}, r"uniforms must be in \[0, 1\), got 1.0"),
+        ({"uniforms": torch.full((2, 2, 2), math.nan)}, r"uniforms must be in \[0, 1\), got nan"),
+        ({"draft_ids": torch.zeros(2, 0, dtype=torch.long)}, "k >= 1"),
+        ({"draft_ids": torch.zeros(2, 3, dtype=torch.long)}, r"student_logprobs must be \[B, k, V\]"),
+        ({"target": blend(torch.zeros(2, 2, 4), torch.zeros(2, 2, 4), 0.1)}, r"target.logprobs must be"),
+    ],
+)
+def test_a_draft_that_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
+    law = torch.zeros(2, 2, 3).log_softmax(-1)
+    arguments = {"draft_ids": torch.zeros(2, 2, dtype=torch.long), "target": blend(law, law, 0.1), **change}
+    with pytest.raises(ValueError, match=message):
+        verify_target(arguments.pop("draft_ids"), law, arguments.pop("target"), **arguments)

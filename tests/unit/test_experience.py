@@ -49,7 +49,8 @@ def rollouts(draw: st.DrawFn) -> list[Rollout]:
                 ),
                 text=draw(st.text(max_size=6)),
                 blend=BlendTrace(epsilon=floats(length), beta=floats(length), divergence=floats(length),
-                                 teacher_logprobs=floats(length), accepted=rng.random(length) < 0.5)
+                                 teacher_divergence=floats(length), teacher_logprobs=floats(length),
+                                 accepted=rng.random(length) < 0.5)
                 if draw(st.booleans()) else None,
                 teacher=TeacherScores(
                     support_ids=rng.integers(0, 9, (length, size)).astype(np.int32),

@@ -102,7 +102,7 @@ def test_the_grader_actor_fills_the_grades_of_a_batch_and_sums_it_up() -> None:
     )
     actor = GraderActor("grader-0", GradersSection())
     assert repr(actor) == "grader-0"
-    full, short = actor.grade(batch)
+    full, _, short = actor.grade(batch)
     actor.close()
     assert full.schema.equals(batch.schema, check_metadata=True)
     unchanged = set(batch.schema.names) - {"reward", "status", "grade_detail", "grade_s"}

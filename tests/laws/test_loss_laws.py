@@ -37,6 +37,7 @@ def make_inputs(
         advantages=torch.randn(2, generator=random, dtype=torch.float64),
         support_ids=support_ids,
         support_teacher_logprobs=teacher.gather(-1, support_ids),
+        support_teacher_tails=teacher.scatter(-1, support_ids, -math.inf).logsumexp(-1),
     )
 
 
@@ -94,6 +95,38 @@ def test_on_a_truncated_support_reverse_kl_is_the_naive_surrogate(
     assert torch.allclose(gradient(loss, inputs), torch.autograd.grad(total, inputs.logits)[0], atol=1e-10)
 
 
+@given(seed=seeds, stored=st.integers(1, 6), support_size=st.integers(1, 6), num_positions=lengths)
+def test_with_a_tail_it_is_the_exact_kl_of_both_laws_on_the_support_and_one_outcome_more(
+    seed: int, stored: int, support_size: int, num_positions: int
+) -> None:
+    inputs, support_size = (
+        make_inputs(seed, support_size=stored, num_positions=num_positions),
+        min(support_size, stored),
+    )
+    assert inputs.support_ids is not None
+    assert inputs.support_teacher_tails is not None
+    assert inputs.support_teacher_logprobs is not None
+    total = torch.zeros((), dtype=torch.float64)
+    for row, position in inputs.loss_mask.nonzero().tolist():
+        student = inputs.logits[row, position].softmax(-1)
+        ids = inputs.support_ids[row, position, :support_size]
+        teacher = inputs.support_teacher_logprobs[row, position, :support_size].exp()
+        ours, theirs = (torch.cat([law, 1 - law.sum(0, keepdim=True)]) for law in (student[ids], teacher))
+        total = total + (ours * (ours.log() - theirs.log())).sum()
+    loss = ReverseKL(support_size=support_size, tail=True)
+    assert loss(inputs).per_token.sum().item() == pytest.approx(total.item(), abs=1e-9)
+    expected = torch.autograd.grad(total, inputs.logits)[0]
+    assert torch.allclose(gradient(loss, inputs), expected, rtol=1e-5, atol=1e-9)
+
+
+@given(seed=seeds)
+def test_a_tail_of_nothing_changes_nothing(seed: int) -> None:
+    inputs = make_inputs(seed)
+    with_tail, without = (ReverseKL(support_size=None, tail=tail) for tail in (True, False))
+    assert torch.equal(with_tail(inputs).per_token, without(inputs).per_token)
+    assert torch.equal(gradient(with_tail, inputs), gradient(without, inputs))
+
+
 def test_the_truncated_surrogate_is_not_the_gradient_of_the_truncated_sum() -> None:
     inputs = make_inputs(0, support_size=3)
     assert inputs.support_ids is not None
@@ -108,14 +141,20 @@ def test_the_truncated_surrogate_is_not_the_gradient_of_the_truncated_sum() -> N
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(seed: int, support_size: int) -> None:
     inputs = make_inputs(seed)
     assert inputs.support_ids is not None
-    own = inputs.logits.detach().log_softmax(-1).gather(-1, inputs.support_ids)
-    same = changed(inputs, support_teacher_logprobs=own)
-    loss = ReverseKL(support_size=support_size)
-    assert loss(same).per_token.abs().max() < 1e-12
-    assert gradient(loss, same).abs().max() < 1e-12
+    own = inputs.logits.detach().log_softmax(-1)
+    tails = own.scatter(-1, inputs.support_ids, -math.inf).logsumexp(-1)
+    same = changed(inputs, support_teacher_logprobs=own.gather(-1, inputs.support_ids), support_teacher_tails=tails)
+    for loss in (ReverseKL(support_size=support_size), ReverseKL(support_size=support_size, tail=True)):
+        assert loss(same).per_token.abs().max() < 1e-12
+        assert gradient(loss, same).abs().max() < 1e-12
 
 
-LOSSES = [ReverseKL(support_size=None), ReverseKL(support_size=3), ClippedPolicyGradient()]
+LOSSES = [
+    ReverseKL(support_size=None),
+    ReverseKL(support_size=3),
+    ReverseKL(support_size=3, tail=True),
+    ClippedPolicyGradient(),
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -236,7 +236,7 @@ def test_a_wrong_value_is_refused_with_its_path_what_is_required_and_what_came(
         ("data.max_digit=1", " is not a setting (did you mean max_digits?); data has max_digits, type"),
         ("data={type: file, path: x, task: math, file: 3}", ".file is not a setting; data has held_out_path, path, "),
         ("learner.objective.clip_low=0.1", " is not a setting; learner.objective has "
-         "support_size, teacher_logprob_floor, type"),
+         "support_size, tail, teacher_logprob_floor, type"),
     ],
 )  # fmt: skip
 def test_an_unknown_setting_is_refused_with_what_was_probably_meant(distil: Path, override: str, said: str) -> None:

@@ -70,15 +70,17 @@ def timeless(file: Path) -> list[dict[str, Any]]:
 
 
 def recorded_kl(rollouts: list[Rollout]) -> float:
-    """sum_S s (log s - log t), mean over all tokens, from what the engines recorded on the support."""
+    """KL(student || teacher) on support and tail, mean over all tokens, from what the engines recorded."""
     each = []
     for rollout in rollouts:
-        assert rollout.teacher is not None
-        assert rollout.teacher.teacher_logprobs is not None
-        ours, theirs = (
-            a.astype(np.float64) for a in (rollout.teacher.student_logprobs, rollout.teacher.teacher_logprobs)
-        )
-        each.append((np.exp(ours) * (ours - np.maximum(theirs, -30.0))).sum(1))
+        scores = rollout.teacher
+        assert scores is not None
+        assert scores.teacher_logprobs is not None
+        assert scores.teacher_tail_logprobs is not None
+        laws = ((scores.student_logprobs, scores.student_tail_logprobs),
+                (scores.teacher_logprobs, scores.teacher_tail_logprobs))  # fmt: skip
+        ours, theirs = (np.concatenate([inside, tail[:, None]], 1).astype(np.float64) for inside, tail in laws)
+        each.append((np.exp(ours) * (ours - theirs)).sum(1))
     return float(np.concatenate(each).mean())
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from actors.behaviours import BlendedBehaviour
 from actors.blending import blended_rollouts, draft_length_of
 from actors.config import BlenderSection
+from actors.draft_length import DraftLength, Observation
 from actors.engines.build import EngineSpec, build_engine
 from actors.engines.protocol import Draft, SequenceEngine, SequenceRequest
 from actors.experience import requests_from_arrow
@@ -22,8 +23,8 @@ from actors.tokenizer import load_tokenizer
 from actors.verification import BlendedTokens
 from actors.weights import PolicyWeights, read_weights
 
-_VLLM_DRAFT_LENGTH = 8
-"""Where none is given: vLLM reserves room for this many when it starts."""
+_LONGEST_VLLM_DRAFT = 16
+"""Where the length adapts: vLLM reserves room for this many when it starts."""
 
 
 class OneEngineActor:
@@ -148,10 +149,13 @@ class VllmPair:
         from actors.engines.vllm_engine import VllmBlendEngine
 
         assert spec.section.type == "vllm"
+        self._section, self._max_num_sequences = section, spec.section.max_num_sequences
+        self._longest = section.draft_length if isinstance(section.draft_length, int) else _LONGEST_VLLM_DRAFT
+        self._draft_length: DraftLength | None = None
         self._engine = VllmBlendEngine(
             student=spec.model,
             teacher=teacher,
-            draft_length=section.draft_length if isinstance(section.draft_length, int) else _VLLM_DRAFT_LENGTH,
+            draft_length=self._longest,
             seed=spec.seed,
             head=spec.head,
             support_size=spec.support_size,
@@ -174,7 +178,10 @@ class VllmPair:
     def sample(self, requests: Sequence[SequenceRequest], behaviour: BlendedBehaviour) -> tuple[Sampled, Meter]:
         """Sample every request to its end."""
         began = time.perf_counter()
-        generations, counts = self._engine.generate_blended(requests, behaviour)
+        # One length for the whole batch; what is learned of acceptance serves the next one. Draws do not depend on it.
+        self._draft_length = chooses = self._draft_length or draft_length_of(self._section, behaviour)
+        length = min(self._longest, chooses.choose(min(len(requests), self._max_num_sequences)))
+        generations, counts = self._engine.generate_blended(requests, behaviour, length)
         lengths = [len(generation.token_ids) for generation in generations]
         names = [field.name for field in fields(BlendedTokens)]
         sampled = Sampled(
@@ -182,6 +189,13 @@ class VllmPair:
             bounds=np.cumsum([0, *lengths]),
             stopped=np.array([generation.finish_reason == "stop" for generation in generations]),
         )
+        num_accepted = int(sampled.tokens.accepted.sum())
+        chooses.observe(
+            Observation(
+                num_rows=len(requests), draft_length=length, num_accepted=num_accepted,
+                num_refused=sum(lengths) - num_accepted, student_s=0.0, teacher_s=0.0, round_s=0.0,
+            )
+        )  # fmt: skip
         meter = Meter(
             num_tokens=sum(lengths),
             num_drafted=counts.num_drafted,

@@ -128,14 +128,24 @@ class Recipe(Section):
                 f"rollouts.{name} must be left out while two models are blended, got {came}: where the teacher's law "
                 "is cut, the blend has no mass, and the trust region would switch itself off"
             )
-        if (
-            isinstance(self.blending, InterleavedInjectionSection)
-            and rollouts.support_size != "full"
-            and not (self.engine.type == "vllm" and self.blending.layout == "one_engine")
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def a_blend_has_what_it_asks_for(self) -> Self:
+        """Each kind of blend needs to see something that not every layout shows."""
+        section, size = self.blending, self.rollouts.support_size
+        if not isinstance(section, BlenderSection):
+            return self
+        is_one_program = self.engine.type == "vllm" and section.layout == "one_engine"
+        if is_one_program and section.draft_length == "measured":
+            raise ValueError(
+                "blending.draft_length must be a number or adaptive when blending.layout is one_engine and engine is "
+                "vllm, where both models are one program; got measured"
+            )
+        if isinstance(section, InterleavedInjectionSection) and size != "full" and not is_one_program:
             raise ValueError(
                 "rollouts.support_size must be full when blending.type is skd, since it asks for the teacher's "
-                f"likeliest tokens; got {rollouts.support_size}"
+                f"likeliest tokens; got {size}"
             )
         return self
 

@@ -41,7 +41,7 @@ from learner.tiny_models import make_tiny_models, tiny_folder
 
 EPSILONS = (0.001, 0.005, 0.02, 0.05)
 BATCHES = (1, 16, 64)
-NUM_TOKENS = 64
+NUM_TOKENS = 96
 SUPPORT_SIZE = 16
 REPEATS = 3
 
@@ -87,7 +87,7 @@ def spec_of(engine: str, model: str) -> EngineSpec:
     section = TorchEngineSection() if engine == "torch" else VllmEngineSection()
     return EngineSpec(
         section=section, model=model, seed=0, head=Head(stop_token_ids=()), support_size=SUPPORT_SIZE,
-        max_model_len=32 + NUM_TOKENS, on_gpu=False,
+        max_model_len=8 + NUM_TOKENS, on_gpu=False,
     )  # fmt: skip
 
 

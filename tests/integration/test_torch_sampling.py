@@ -117,9 +117,7 @@ def samplers(
     yield setting, plain, blended
     blended.close()
     plain.close()
-    while any(
-        name.startswith(("student", "teacher", "blending")) for name in ray.util.list_named_actors()
-    ):
+    while any(name.startswith(("student", "teacher", "blending")) for name in ray.util.list_named_actors()):
         time.sleep(0.1)  # the next samplers' actors take the same names
 
 

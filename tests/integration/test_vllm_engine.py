@@ -95,12 +95,12 @@ def sample_separately(
     """Sample every request to its end, in rounds; a fault is 'bonus' or 'residual', the mistakes of `mistaken`."""
     ours, theirs = np.array(student.open(requests)), np.array(teacher.open(requests))
     sequences: list[list[int]] = [[] for _ in requests]
-    going = np.arange(len(requests))
+    going, length = np.arange(len(requests)), 1 if fault == "bonus" else DRAFT_LENGTH
     while len(going):
         left = NUM_TOKENS - np.array([len(sequences[i]) for i in going])
-        draft = student.draft(ours[going].tolist(), DRAFT_LENGTH + (fault == "bonus"))
+        draft = student.draft(ours[going].tolist(), length + (fault == "bonus"))
         scores = teacher.score(theirs[going].tolist(), draft.token_ids, draft.ids.requested)
-        num_drafted = np.minimum(left, DRAFT_LENGTH)
+        num_drafted = np.minimum(left, length)
         drawn = accept_and_replace([requests[i] for i in going], NUM_TOKENS - left, draft.token_ids.shape[1])
         outcome = verify_round(
             draft, scores, behaviour, num_drafted=num_drafted, accept_and_replace=drawn, stop_token_id=STOP
@@ -123,7 +123,7 @@ def sample_separately(
     return [tuple(sequence) for sequence in sequences]
 
 
-def accept_and_replace(requests: list[SequenceRequest], first: np.ndarray, length: int) -> np.ndarray:  # type: ignore[type-arg]
+def accept_and_replace(requests: list[SequenceRequest], first: np.ndarray, length: int) -> np.ndarray:
     """[B, length, 2] draws of the positions from `first` [B] on."""
     prompts = [request.prompt_id for request in requests for _ in range(length)]
     samples = np.repeat([request.sample_index for request in requests], length)
@@ -139,11 +139,11 @@ def mistaken(
     behaviour: BlendedBehaviour,
     num_accepted: Ints,
     replacement_ids: Ints,
-    drawn: np.ndarray,  # type: ignore[type-arg]
+    drawn: np.ndarray,
 ) -> tuple[Ints, Ints]:
     """What is kept and redrawn by mistake: one draft more than was verified, or mu for its residual (K = V)."""
     if fault == "bonus":
-        return num_accepted + (num_accepted == DRAFT_LENGTH), replacement_ids
+        return num_accepted + (replacement_ids < 0), replacement_ids
     rows, columns = np.arange(len(num_accepted)), np.minimum(num_accepted, draft.token_ids.shape[1] - 1)
     laws = [torch.from_numpy(side.support_logprobs[rows, columns]) for side in (draft, scores)]
     outcomes = sample_from_logprobs(behaviour.target(*laws).logprobs, torch.from_numpy(drawn[rows, columns, 1]))
@@ -213,7 +213,7 @@ def bench(ray_cluster: str, folder: Path, student: Qwen3ForCausalLM, teacher: Qw
     """Handle of a `Bench`."""
     # Without this variable vLLM takes the cache's size from each engine.
     variables = {k: v for k, v in environment(1, 1.0).items() if k != "VLLM_CPU_KVCACHE_SPACE"}
-    actor = ray.remote(Bench).options(num_cpus=1, runtime_env={"env_vars": variables}).remote(folder)
+    actor: Any = ray.remote(Bench).options(num_cpus=1, runtime_env={"env_vars": variables}).remote(folder)
     yield actor
     for name in ("student", "student-all", "teacher", "blend", "blend-cut"):
         ray.get(actor.call.remote(name, "shutdown"))
@@ -362,7 +362,7 @@ def test_recorded_laws_of_blended_tokens_are_the_models_and_mu(
         assert STOP not in g.token_ids[:-1]
 
 
-def check_support(laws: Tensor, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> None:  # type: ignore[type-arg]
+def check_support(laws: Tensor, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> None:
     where = torch.tensor(ids).long()
     np.testing.assert_allclose(logprobs, laws.gather(1, where), atol=1e-4)
     np.testing.assert_allclose(tail, torch.logsumexp(laws.scatter(1, where, -torch.inf), dim=1), atol=1e-4)

@@ -1,4 +1,4 @@
-"""The main job with real vLLM engines: one engine while blending, plain student and teacher engines after it."""
+"""The main job with real vLLM engines: both layouts while blending, plain student and teacher engines after it."""
 
 import os
 from pathlib import Path
@@ -13,13 +13,14 @@ from tests.integration.test_run import QUICKSTART, SMALL, lines, recorded_kl, ru
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
+@pytest.mark.parametrize("layout", ["one_engine", "actors"])
 def test_the_quickstart_runs_on_vllm_and_changes_over_when_the_budget_is_spent(
-    ray_cluster: str, tmp_path: Path
+    ray_cluster: str, tmp_path: Path, layout: str
 ) -> None:
     assert os.environ["OMP_NUM_THREADS"] == "1"
     folder, output = run(
-        QUICKSTART, tmp_path, *SMALL, "engine=vllm", "training.num_steps=6", "evaluation.num_prompts=8",
-        "blending.warmup_steps=3", address=ray_cluster,
+        QUICKSTART, tmp_path, *SMALL, "engine=vllm", f"blending.layout={layout}", "training.num_steps=6",
+        "evaluation.num_prompts=8", "blending.warmup_steps=3", address=ray_cluster,
     )  # fmt: skip
     assert "plain student rollouts from here on, changed over in" in output
     metrics = lines(folder / "metrics.jsonl")
@@ -37,5 +38,5 @@ def test_the_quickstart_runs_on_vllm_and_changes_over_when_the_budget_is_spent(
             assert set(rollout.completion.policy_versions.tolist()) == {step}
             assert (rollout.blend.divergence <= budget * (1 + 1e-4) + 1e-7).all()
             assert np.isfinite(rollout.blend.teacher_logprobs).all()
-            assert rollout.teacher.support_ids.shape[1] == rollout.teacher.support_ids.max() + 1, "the full support"
+            assert rollout.teacher.support_ids.shape[1] == 16
         assert line["loss/kl_to_teacher"] == pytest.approx(recorded_kl(rollouts), rel=1e-3), "sampler and learner agree"

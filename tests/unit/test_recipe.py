@@ -268,6 +268,7 @@ def test_a_huge_value_is_cut_in_the_message(distil: Path) -> None:
         ("rollouts.top_p=0.9", "rollouts.top_p must be left out while two models are blended, got 0.9: where the "),
         ("rollouts.top_k=5", "rollouts.top_k must be left out while two models are blended, got 5: where the "),
         ('blending={"type":"skd"}', "rollouts.support_size must be full when blending.type is skd, since"),
+        ("engine=vllm blending.layout=one_engine blending.draft_length=measured", "must be a number or adaptive when "),
         ("blending.num_gpus=1", "blending.num_gpus must be 0, got 1"),
         ("rollouts.support_size=8", "support_size must be at least learner.objective.support_size (16), got 8"),
         ("learner.objective.support_size=full", "must be at least learner.objective.support_size (full), got 16"),

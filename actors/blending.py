@@ -215,11 +215,12 @@ class _RemoteSide:
 
     def close(self, sequences: Sequence[int]) -> None:
         self._settled.append(Settlement(sequences=tuple(sequences)))
-        self._open.difference_update(sequences)
 
     def finish(self) -> None:
-        if self._settled:
-            self._actor.settle.remote(self._told())
+        # All of them once more: what was told with a call that failed may not have been heard.
+        self._actor.settle.remote([Settlement(sequences=tuple(self._open))])
+        self._open.clear()
+        self._settled.clear()
 
     def _told(self) -> list[Settlement]:
         settled, self._settled = self._settled, []
@@ -235,8 +236,7 @@ class _RemoteSide:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_RESTART_POLL_S)
-        self._settled = []
-        self.close(list(self._open))
+        self.finish()
 
     def _revive(self) -> None:
         _get([self._actor.ready.remote()])

@@ -89,7 +89,7 @@ class BlendTrace:
     beta: Floats
     """[T] blend weight in [0, 1]; 0 is the student, 1 the teacher; NaN where mu is not on the path between them."""
     divergence: Floats
-    """[T] KL(mu || student), nats."""
+    """[T] KL(mu || student), nats; NaN where mu is made of the student alone and is not its own law."""
     teacher_divergence: Floats
     """[T] KL(mu || teacher), nats; infinite where mu has mass that the teacher lacks."""
     teacher_logprobs: Floats

@@ -84,11 +84,19 @@ class LocalSide:
     """An engine of this process as one side of a rollout."""
 
     def __init__(self, engine: SequenceEngine) -> None:
-        self._engine = engine
-        self.open, self.commit, self.close = engine.open, engine.commit, engine.close
+        self._engine, self._opened = engine, list[int]()
+        self.commit, self.close = engine.commit, engine.close
+
+    def open(self, requests: Sequence[SequenceRequest], lane: int) -> list[int]:
+        """Admit sequences and return their handles."""
+        handles = self._engine.open(requests, lane)
+        self._opened += handles
+        return handles
 
     def finish(self) -> None:
-        """Everything has been told."""
+        """Close what is still open, after an error."""
+        self._engine.close(self._opened)
+        self._opened = []
 
     def recover(self) -> None:
         """An engine of this process is lost only together with it."""

@@ -119,7 +119,11 @@ class PlainSampler:
         count = max(len(self.students), len(self.teachers or ()), job.least_shards)
         for i, shard in enumerate(job.shards(count)):
             rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens, job.behaviour.decoding)
-            refs.append(rollouts if self.teachers is None else self.teachers[i].score_rollouts.remote(rollouts))
+            refs.append(
+                rollouts
+                if self.teachers is None
+                else self.teachers[i].score_rollouts.remote(rollouts, job.behaviour.decoding)
+            )
         return refs
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
@@ -173,9 +177,9 @@ class BlendedSampler:
         assert self.blenders is not None
         assert students is not None
         assert teachers is not None
-        count = max(len(students), len(teachers), len(self.blenders), job.least_shards)
         refs = []
-        for i, shard in enumerate(job.shards(count)):
+        # One shard for each student: a second one would wait for its turn, and both would be small.
+        for i, shard in enumerate(job.shards(len(students))):
             number = i % len(students)
             # A student keeps its blender, where its rollouts take turns.
             refs.append(
@@ -225,7 +229,7 @@ class OneEngineSampler:
         assert self._engines is not None
         return [
             self._engines[i].sample.remote(shard, job.weights, job.behaviour, job.max_new_tokens)
-            for i, shard in enumerate(job.shards(max(len(self._engines), job.least_shards)))
+            for i, shard in enumerate(job.shards(len(self._engines)))
         ]
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
@@ -263,9 +267,12 @@ class AnnealedSampler:
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
         """Send the job to whichever sampler its behaviour asks for."""
-        if self._blended is None or isinstance(job.behaviour, StudentAlone):
+        if isinstance(job.behaviour, StudentAlone):
             self._step_aside()
             return self._plain.sample(job)
+        if self._blended is None:
+            # An earlier batch, part of which is sampled again: the student alone can still do it, and records say so.
+            return self._plain.sample_student(job)
         refs = self._blended.sample(job)
         self._in_flight = [*self._unfinished(), *refs]
         return refs
@@ -294,9 +301,9 @@ class AnnealedSampler:
     def _step_aside(self) -> None:
         if self._blended is None:
             return
-        began = time.monotonic()
         if self._in_flight:
             ray.wait(self._in_flight, num_returns=len(self._in_flight))
+        began = time.monotonic()
         self._blended.close()
         self._blended, self._in_flight = None, []
         self._plain.start()

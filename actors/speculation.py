@@ -60,7 +60,7 @@ class Side(Protocol):
         """Forget sequences; unknown ones are none."""
 
     def finish(self) -> None:
-        """Nothing more will be asked."""
+        """Nothing more will be asked; whatever is still open is closed."""
 
     def recover(self) -> None:
         """Wait until the side can open sequences again; what was open is forgotten."""
@@ -149,20 +149,25 @@ class Speculation:
         """
         self._begin(requests)
         recoveries = 0
-        while self._waiting or any(len(lane.rows) for lane in self._lanes):
-            try:
-                for lane in self._lanes:
-                    self._finish_round(lane)
-                    self._admit(lane)
-                    self._start_round(lane)
-            except SideLostError:
-                recoveries += 1
-                if recoveries > self._max_recoveries:
-                    raise
-                self._recover()
-        for side in (self._student, self._teacher):
-            side.finish()
+        try:
+            while self._waiting or any(len(lane.rows) for lane in self._lanes):
+                try:
+                    self._take_turns()
+                except SideLostError:
+                    recoveries += 1
+                    if recoveries > self._max_recoveries:
+                        raise
+                    self._recover()
+        finally:
+            for side in (self._student, self._teacher):
+                side.finish()
         return self._collected()
+
+    def _take_turns(self) -> None:
+        for lane in self._lanes:
+            self._finish_round(lane)
+            self._admit(lane)
+            self._start_round(lane)
 
     def _begin(self, requests: Sequence[SequenceRequest]) -> None:
         count = len(requests)
@@ -173,12 +178,12 @@ class Speculation:
         self._num_tokens = np.array([len(ids) for ids in self._given], np.int64)
         self._stopped = np.zeros(count, np.bool_)
         self._student_handles, self._teacher_handles = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self._waiting = list(range(count))
+        self._waiting = np.flatnonzero(self._num_tokens < self._limits).tolist()
         self._emitted: list[tuple[npt.NDArray[np.int64], BlendedTokens]] = []
-        at_once = min(count, self._max_num_sequences)
+        at_once = min(count + count % 2, self._max_num_sequences)
         num_lanes = 2 if self._overlap and at_once >= 2 * _MIN_LANE_ROWS else 1
         self._lanes = [_Lane(number) for number in range(num_lanes)]
-        self._lane_capacity = -(-at_once // num_lanes)
+        self._lane_capacity = at_once // num_lanes
 
     def _admit(self, lane: _Lane) -> None:
         """Open waiting sequences in the lane's free places."""
@@ -244,8 +249,8 @@ class Speculation:
             Observation(
                 num_rows=num_rows,
                 draft_length=length,
-                num_accepted=int(outcome.num_accepted.sum()),
-                num_refused=int((outcome.replacement_ids >= 0).sum()),
+                num_accepted=int(outcome.tokens.accepted.sum()),
+                num_refused=int((~outcome.tokens.accepted).sum()),
                 student_s=drafted.seconds,
                 teacher_s=scored.seconds,
                 round_s=round_s,
@@ -278,6 +283,8 @@ class Speculation:
 
     def _collected(self) -> Sampled:
         """Bring the tokens of all rounds into the order of the requests."""
+        if not self._emitted:
+            raise ValueError("at least one sequence must have a token to be sampled, got none")
         rows = np.concatenate([rows for rows, _ in self._emitted])
         order = np.argsort(rows, kind="stable")
         tokens = BlendedTokens.joined([tokens for _, tokens in self._emitted]).at(order)

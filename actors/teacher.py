@@ -17,6 +17,7 @@ from actors.experience import (
     rollouts_to_arrow,
     sequence_requests_from_arrow,
 )
+from actors.head import PLAIN, Decoding
 from actors.meter import Meter, metered
 from actors.student import likeliest
 from actors.wire import from_arrow, timed, to_arrow
@@ -63,8 +64,13 @@ class TeacherActor:
         for settlement in settled:
             settlement.apply(self._sequences)
 
-    def score_rollouts(self, rollouts: pa.RecordBatch) -> pa.RecordBatch:
-        """Return finished rollouts with the teacher's part filled, at each position's support."""
+    def score_rollouts(self, rollouts: pa.RecordBatch, decoding: Decoding = PLAIN) -> pa.RecordBatch:
+        """Return finished rollouts with the teacher's part filled, at each position's support.
+
+        Args:
+            rollouts: of the student alone.
+            decoding: how they were drawn.
+        """
         began = time.perf_counter()
         given = rollouts_from_arrow(rollouts)
         supports = [rollout.teacher.support_ids for rollout in given if rollout.teacher is not None]
@@ -74,7 +80,9 @@ class TeacherActor:
             [rollout.completion.token_ids for rollout in given],
             supports,
         )
-        scored = rollouts_to_arrow([_scored(rollout, score) for rollout, score in zip(given, scores, strict=True)])
+        scored = rollouts_to_arrow(
+            [_scored(rollout, score, decoding) for rollout, score in zip(given, scores, strict=True)]
+        )
         scored = scored.replace_schema_metadata({**rollouts.schema.metadata, **scored.schema.metadata})
         meter = Meter(
             num_passes=len(given),
@@ -89,19 +97,20 @@ class TeacherActor:
         return self._engine  # type: ignore[return-value]
 
 
-def _scored(rollout: Rollout, score: Scores) -> Rollout:
-    """The student alone drew these tokens: its law is mu, and its divergence to the teacher is mu's."""
+def _scored(rollout: Rollout, score: Scores, decoding: Decoding) -> Rollout:
+    """Where the student drew from its own law, that is mu. Of a law made of it alone no divergence is known: NaN."""
     assert rollout.teacher is not None
     teacher = replace(
         rollout.teacher, teacher_logprobs=score.support_logprobs[0], teacher_tail_logprobs=score.tail_logprobs[0]
     )
-    zeros = np.zeros(rollout.completion.num_tokens, np.float32)
+    num_tokens = rollout.completion.num_tokens
+    told = np.full(num_tokens, 0.0 if decoding.is_plain else np.nan, np.float32)
     blend = BlendTrace(
-        epsilon=zeros,
-        beta=zeros,
-        divergence=zeros,
-        teacher_divergence=teacher.kl_to_teacher(),
+        epsilon=told,
+        beta=told,
+        divergence=told,
+        teacher_divergence=teacher.kl_to_teacher() + told,
         teacher_logprobs=score.token_logprobs[0],
-        accepted=np.ones(len(zeros), np.bool_),
+        accepted=np.ones(num_tokens, np.bool_),
     )
     return replace(rollout, blend=blend, teacher=teacher)

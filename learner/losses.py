@@ -139,7 +139,7 @@ class ReverseKL:
                 f"reverse_kl on the full vocabulary needs a stored support of {vocabulary_size} ids, got {stored}; set "
                 "support_size of the rollouts to full, or learner.objective.support_size to a number"
             )
-        size = vocabulary_size if self.support_size is None else self.support_size
+        size = vocabulary_size if self.support_size is None else min(self.support_size, vocabulary_size)
         if size > stored:
             raise ValueError(
                 f"reverse_kl on {size} ids needs a stored support at least as large, got {stored}; raise support_size "

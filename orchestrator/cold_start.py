@@ -21,11 +21,10 @@ _POSITIONS = 4
 _LITTLE = 0.3
 
 
-def cold_start(sampler: Sampler, prompts: Sequence[Prompt], weights: PolicyWeights) -> str:
+def cold_start(sampler: Sampler, prompts: Sequence[Prompt], weights: PolicyWeights, max_new_tokens: int) -> str:
     """Return one line: overlap of both models' likeliest tokens, the teacher's mass on the student's, and their KL."""
-    job = SampleJob(
-        prompts=prompts, group_size=1, weights=weights, behaviour=StudentAlone(), max_new_tokens=_MAX_NEW_TOKENS
-    )
+    length = min(_MAX_NEW_TOKENS, max_new_tokens)
+    job = SampleJob(prompts=prompts, group_size=1, weights=weights, behaviour=StudentAlone(), max_new_tokens=length)
     rollouts = [rollout for shard in ray.get(sampler.sample_student(job)) for rollout in rollouts_from_arrow(shard)]
     masses, divergences, visited = [], [], []
     for rollout in rollouts:

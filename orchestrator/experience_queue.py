@@ -1,6 +1,7 @@
 """The bounded queue between rollouts and learner. It owns the experience: its calls make it, so it outlives samplers.
 
-A batch is requested with the weights and the budget it is to be sampled with, and taken when the learner needs it:
+A batch is requested with the weights and the behaviour policy it is to be sampled with, and taken when the learner needs
+it:
 
     request(i)  ->  sampler (students, blenders, teachers)  ->  graders  ->  take(i)
 
@@ -86,6 +87,7 @@ class ExperienceQueue:
         self._name, self._recipe = name, recipe
         self._graders: Pool | None = None
         self._batches: dict[int, tuple[float, list[_Shard]]] = {}
+        self._num_resent = 0
 
     def __repr__(self) -> str:
         return self._name
@@ -121,7 +123,7 @@ class ExperienceQueue:
     def compare_models(self, weights: PolicyWeights) -> str:
         """Sample a few prompts and say how near student and teacher are before the first step."""
         prompts = self._encoder.encode(self._source.training(0, COLD_START_PROMPTS))
-        return cold_start(self._sampler, prompts, weights)
+        return cold_start(self._sampler, prompts, weights, self._recipe.rollouts.max_new_tokens)
 
     def request(self, index: int, weights: PolicyWeights, behaviour: Behaviour) -> None:
         """Send batch `index` to be sampled with these weights by this behaviour policy."""
@@ -176,12 +178,13 @@ class ExperienceQueue:
         return shards
 
     def _collect(self, began: float, shards: Sequence[_Shard], sample: Any) -> Experience:
+        self._num_resent = 0
         done = [piece for shard in shards for piece in self._finished(shard, sample)]
         return Experience(
             shards=tuple(shard.graded for shard, _ in done),
             learned=tuple(shard.learned for shard, _ in done),
             summaries=tuple(summary for _, summary in done),
-            num_retries=sum(shard.num_retries for shard, _ in done),
+            num_retries=self._num_resent,
             sampling_s=time.monotonic() - began,
             changeover_s=self._sampler.changeover_s,
         )
@@ -195,8 +198,8 @@ class ExperienceQueue:
             if not lost or shard.num_retries + 1 >= _ATTEMPTS:
                 raise
             time.sleep(_RETRY_S)
-            again = self._send(shard.job, sample)
-            again[0] = replace(again[0], num_retries=shard.num_retries + 1)
+            self._num_resent += 1
+            again = [replace(part, num_retries=shard.num_retries + 1) for part in self._send(shard.job, sample)]
             return [piece for part in again for piece in self._finished(part, sample)]
 
 

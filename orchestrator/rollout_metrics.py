@@ -46,6 +46,8 @@ def _blend_metrics(table: pa.Table) -> dict[str, float]:
     if not len(beta):
         return {}
     divergence, to_teacher = _flat(table, "divergence"), _flat(table, "teacher_divergence")
+    if np.isnan(divergence).any():  # drawn from a law made of the student alone, of which no divergence is known
+        return {}
     finite = np.isfinite(to_teacher)
     metrics = {
         "blend/divergence": _mean(divergence),

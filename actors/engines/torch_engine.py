@@ -113,7 +113,10 @@ class TorchEngine:
         # Only now, because a model that "sdpa" cannot serve is refused above.
         loaded.set_attn_implementation(ATTENTION)
         self._model = loaded.to(self._device).eval().requires_grad_(False)
-        other_attention = set(getattr(loaded.config, "layer_types", None) or ()) - {"full_attention"}
+        layer_types = getattr(loaded.config, "layer_types", None)
+        if layer_types is None and getattr(loaded.config, "sliding_window", None):
+            layer_types = ["sliding_attention"]
+        other_attention = set(layer_types or ()) - {"full_attention"}
         if other_attention:
             raise EngineError(
                 f"the torch engine needs full attention in every layer, {model} has {sorted(other_attention)}; "

@@ -30,6 +30,7 @@ import torch
 from actors.behaviours import TrustRegion
 from actors.config import ModelPoolSection, TorchEngineSection, TrustRegionSection, VllmEngineSection
 from actors.engines.build import EngineSpec, build_engine
+from actors.engines.environment import engine_environment
 from actors.engines.protocol import SequenceRequest
 from actors.experience import Prompt, rollouts_from_arrow
 from actors.head import Head
@@ -43,7 +44,7 @@ EPSILONS = (0.001, 0.005, 0.02, 0.05)
 BATCHES = (1, 16, 64)
 NUM_TOKENS = 96
 SUPPORT_SIZE = 16
-REPEATS = 3
+REPEATS = {"torch": 3, "vllm": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +207,7 @@ def distance(student: str, teacher: str) -> tuple[float, float]:
 def measure(modes: list[Mode], kl: float) -> list[dict[str, Any]]:
     """Return a row for each mode, epsilon and batch; the repeats of all go round in turn."""
     best: dict[tuple[str, float, int], Outcome] = {}
-    for repeat in range(REPEATS):
+    for repeat in range(REPEATS[modes[0].engine]):
         order = modes if repeat % 2 == 0 else modes[::-1]
         for batch in BATCHES:
             for mode in order:
@@ -250,6 +251,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON list and nothing else")
     parser.add_argument("--engine", choices=("torch", "vllm", "all"), default="all")
     options = parser.parse_args()
+    pinned = {"OMP_NUM_THREADS": "1", **engine_environment(VllmEngineSection())}
+    if any(os.environ.get(name) != value for name, value in pinned.items()):
+        # They are read when Python, torch and vLLM start.
+        os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks.rollouts", *sys.argv[1:]],
+                  {**os.environ, **pinned})  # fmt: skip
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="tb"))
     with redirect_stdout(sys.stderr):

@@ -134,7 +134,8 @@ class BlenderSection(PoolSection):
     costs: CostsSection = CostsSection()
     """What the adaptive draft length reckons with."""
     overlap: bool = True
-    """Whether students draft one half of a batch while the teacher scores the other, where halves are large enough."""
+    """Whether students draft one half of a batch while the teacher scores the other, where halves are large enough;
+    in the layout `actors`, which is also the one that `num_actors` and `num_cpus` speak of."""
 
 
 class TrustRegionSection(BlenderSection):
@@ -147,7 +148,7 @@ class TrustRegionSection(BlenderSection):
     schedule: Literal["linear", "constant"] = "linear"
     """How the budget falls: linearly to 0 over the warmup, or not at all (the papers' fixed-epsilon baseline)."""
     warmup_steps: int = Field(default=50, ge=0)
-    """Steps until the budget is 0; rollouts are the student's own from then on."""
+    """With a linear schedule, steps until the budget is 0; rollouts are the student's own from then on."""
 
 
 class FixedBetaSection(BlenderSection):

@@ -222,6 +222,8 @@ class DeepSpeedEngine:
         for bucket in self.gathered_weights(bucket_bytes=2**30):
             weights |= {name: tensor.cpu().clone() for name, tensor in bucket}
         if self._rank == 0:
+            # The loss cannot tell the stop tokens apart, so whoever samples from the checkpoint must know them all.
+            self._model.generation_config.eos_token_id = list(self._head.stop_token_ids)
             self._model.save_pretrained(folder, state_dict=weights)
             if Path(tokenizer_source).is_dir():
                 for pattern in _TOKENIZER_FILES:

@@ -1,7 +1,7 @@
 """The bounded queue between rollouts and learner. It owns the experience: its calls make it, so it outlives samplers.
 
-A batch is requested with the weights and the behaviour policy it is to be sampled with, and taken when the learner needs
-it:
+A batch is requested with the weights and the behaviour policy it is to be sampled with, and taken when the learner
+needs it:
 
     request(i)  ->  sampler (students, blenders, teachers)  ->  graders  ->  take(i)
 

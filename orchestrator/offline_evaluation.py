@@ -58,7 +58,7 @@ def print_evaluation(request: EvaluationRequest) -> None:
 
     encoder = PromptEncoder(request.checkpoint, stop_token=None, max_prompt_tokens=sys.maxsize, setting="CHECKPOINT")
     prompts = encoder.encode(held_out)
-    texts = _sample(request, prompts, encoder.stop_token_id)
+    texts = _sample(request, prompts, encoder.stop_token_ids)
     graders = Graders(GradersSection())
     try:
         rows = [(prompt, text) for prompt, samples in zip(prompts, texts, strict=True) for text in samples]
@@ -68,7 +68,9 @@ def print_evaluation(request: EvaluationRequest) -> None:
     _print(request, evaluate([_summary([prompt for prompt, _ in rows], grades)], ks))
 
 
-def _sample(request: EvaluationRequest, prompts: "Sequence[Prompt]", stop_token_id: int) -> list[list[str]]:
+def _sample(
+    request: EvaluationRequest, prompts: "Sequence[Prompt]", stop_token_ids: tuple[int, ...]
+) -> list[list[str]]:
     """Return the texts of each prompt's samples."""
     from transformers.utils import logging
 
@@ -85,7 +87,7 @@ def _sample(request: EvaluationRequest, prompts: "Sequence[Prompt]", stop_token_
             section=_engine(request),
             model=location,
             seed=request.seed,
-            head=Head(stop_token_ids=(stop_token_id,)),
+            head=Head(stop_token_ids=stop_token_ids),
             support_size=0,
             max_model_len=longest + request.max_new_tokens,
             on_gpu=request.device == "cuda",

@@ -30,12 +30,10 @@ class PromptEncoder:
         """
         self._model, self._setting, self._max_prompt_tokens = model, setting, max_prompt_tokens
         self._tokenizer = _tokenizer(setting, model)
-        self.stop_token_id = self._stop_token_id(stop_token)
-
-    @property
-    def end_of_text_id(self) -> int | None:
-        """The token that the tokenizer itself ends texts with."""
-        return None if self._tokenizer.eos_token_id is None else int(self._tokenizer.eos_token_id)
+        first = self._stop_token_id(stop_token)
+        others = [token_id for token_id in _ends_of_text(model, self._tokenizer) if token_id != first]
+        self.stop_token_ids = (first, *others)
+        """The token that ends a completion, and what else the model ends texts with, which counts as it."""
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -94,26 +92,40 @@ def shared_head(recipe: Recipe, encoder: PromptEncoder) -> Head:
     Raises:
         UserError: unless the teacher's tokenizer gives every token the student's id.
     """
-    stops, temperature = [encoder.stop_token_id], recipe.rollouts.temperature
+    stops, temperature = list(encoder.stop_token_ids), recipe.rollouts.temperature
     if recipe.teachers is None:
         return Head(stop_token_ids=tuple(stops), temperature=temperature)
     teacher = _tokenizer("teachers.model", recipe.teachers.model)
     widths = [_vocab_size(model) for model in (recipe.students.model, recipe.teachers.model)]
     compare_vocabularies(encoder.vocabulary, teacher.get_vocab(), recipe)
-    for token_id in (encoder.end_of_text_id, teacher.eos_token_id):
-        if token_id is not None and token_id not in stops and token_id < min(widths):
-            stops.append(int(token_id))
+    stops += [token_id for token_id in _ends_of_text(recipe.teachers.model, teacher) if token_id not in stops]
     return Head(
-        stop_token_ids=tuple(stops),
+        stop_token_ids=tuple(token_id for token_id in stops if token_id < min(widths)),
         vocab_size=None if widths[0] == widths[1] else min(widths),
         temperature=temperature,
     )
 
 
+def _ends_of_text(model: str, tokenizer: Any) -> list[int]:
+    """Return the tokens that a model ends texts with, by its tokenizer and its generation settings."""
+    named = _json_of(model, "generation_config.json").get("eos_token_id")
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+
+
 def _vocab_size(model: str) -> int:
     """The width of the model's logits, which may be more than its tokenizer's tokens."""
-    file = cached_file(model_location(model), "config.json")
-    return int(json.loads(Path(str(file)).read_text(encoding="utf-8"))["vocab_size"])
+    config = _json_of(model, "config.json")
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise UserError(f"{model}: its config.json must have a vocab_size, got {size!r}")
+    return size
+
+
+def _json_of(model: str, name: str) -> dict[str, Any]:
+    """Read one of a model's JSON files; empty where there is none."""
+    file = cached_file(model_location(model), name, _raise_exceptions_for_missing_entries=False)
+    return {} if file is None else dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
 
 
 def _tokenizer(setting: str, model: str) -> Any:

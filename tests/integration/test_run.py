@@ -215,6 +215,32 @@ def test_an_asynchronous_run_with_two_students_learns_within_its_staleness_and_s
     assert np.mean(kl[-8:]) < 0.75 * np.mean(kl[4:12]), "the student has come nearer to its teacher"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "beta"),
+    [
+        (["blending.layout=one_engine", "blending.warmup_steps=2"], 0.1),
+        (["blending={type: fixed_beta, beta: 0.3, warmup_steps: 2}"], 0.3),
+        (["blending={type: temperature_warmup, start: 0.8, warmup_steps: 2}"], None),
+    ],
+    ids=["one-engine", "fixed-beta", "temperature"],
+)
+def test_other_layouts_and_baselines_run_to_the_end(
+    ray_cluster: str, tmp_path: Path, overrides: list[str], beta: float | None
+) -> None:
+    folder, output = run(QUICKSTART, tmp_path, *SMALL, "training.num_steps=4", *overrides, address=ray_cluster)
+    assert "before the first step, on 8 prompts: top-16 overlap 0." in output
+    metrics = lines(folder / "metrics.jsonl")
+    if beta is None:
+        assert "blend/beta" not in metrics[0], "no blend, and no divergence that anyone knows"
+        table = pq.read_table(folder / "rollouts" / "step_000000.parquet")
+        assert table["behaviour_logprobs"] != table["student_logprobs"]
+    else:
+        assert metrics[0]["blend/beta"] > 0.9 * beta
+        assert metrics[0]["speculation/passes_per_token"] < 0.4
+        assert "the warmup is over: plain student rollouts from here on" in output
+    assert metrics[2]["blend/beta"] == metrics[3]["blend/beta"] == 0
+
+
 def test_focal_weights_reach_the_learner(ray_cluster: str, tmp_path: Path) -> None:
     folder, _ = run(
         COUNTDOWN, tmp_path, "training.num_steps=3", "evaluation.num_prompts=0", "learner.world_size=2",

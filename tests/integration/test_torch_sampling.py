@@ -25,7 +25,7 @@ from actors.engines.build import EngineSpec
 from actors.experience import Prompt, Rollout, rollouts_from_arrow
 from actors.head import Decoding, Head
 from actors.meter import meter_of
-from actors.sampling import BlendedSampler, OneEngineSampler, PlainSampler, SampleJob
+from actors.sampling import AnnealedSampler, BlendedSampler, OneEngineSampler, PlainSampler, SampleJob
 from actors.trust_region import blend
 from actors.weights import PolicyWeights
 from tests.exact_laws import (
@@ -304,6 +304,22 @@ def test_sequences_survive_the_loss_of_the_actor_that_holds_them(samplers: Sampl
     again = rollouts_of_shards(shards)
     same = [a == b for a, b in zip(sequences(again), sequences(undisturbed), strict=True)]
     assert np.mean(same) > 0.9, "the draws are the same; only rounding may differ"
+
+
+def test_a_blended_batch_that_is_asked_for_again_after_the_changeover_comes_from_the_student(
+    samplers: Samplers,
+) -> None:
+    setting, plain, _ = samplers
+    if setting.support_size is not None:
+        pytest.skip("once is enough")
+    spec = plain._specs[0]
+    annealed = AnnealedSampler(BlendedSampler(plain, TrustRegionSection(num_cpus=0.1, num_actors=1), spec), plain)
+    annealed._blended = None  # as it is when a part of an earlier batch is lost
+    blended = job(2, 4, 0.05, "again", 12)
+    alone = rollouts_of(plain.sample(replace(blended, behaviour=StudentAlone())))
+    again = rollouts_of(annealed.sample(blended))
+    assert sequences(again) == sequences(alone)
+    assert all(rollout.blend is not None and not rollout.blend.beta.any() for rollout in again)
 
 
 def rollouts_of_shards(shards: list[pa.RecordBatch]) -> list[Rollout]:

@@ -116,7 +116,7 @@ class VllmEngine:
             dtype=dtype,
             enforce_eager=enforce_eager,
         )
-        self._stop, self._max_model_len = head.stop_token_id, max_model_len
+        self._stop, self._stops, self._max_model_len = head.stop_token_id, head.stop_token_ids[:1], max_model_len
         self._policy_version = self._num_computed_tokens = 0
         self._sequences = OpenSequences()
 
@@ -135,7 +135,7 @@ class VllmEngine:
         record = self._run(
             SampleJob(requests=requests, decoding=decoding),
             [_text(request) for request in requests],
-            [{"max_tokens": max(1, _num_left(request)), "stop_token_ids": [self._stop]} for request in requests],
+            [{"max_tokens": max(1, _num_left(request)), "stop_token_ids": list(self._stops)} for request in requests],
         )
         return [
             Generation(
@@ -355,7 +355,7 @@ class VllmBlendEngine:
         self._vllm.check_draft_length(room)
         self._vllm.forbid_preemption()
         self._draft_length = draft_length
-        self._stop = head.stop_token_id
+        self._stop, self._stops = head.stop_token_id, head.stop_token_ids[:1]
         self._policy_version = 0
 
     @property
@@ -390,7 +390,7 @@ class VllmBlendEngine:
                 {
                     "max_tokens": max(1, _num_left(request)) + 1,
                     # A forced stop token would end its request at once.
-                    "stop_token_ids": [] if text[-1] == self._stop else [self._stop],
+                    "stop_token_ids": [] if text[-1] == self._stop else list(self._stops),
                 }
                 for request, text in zip(requests, texts, strict=True)
             ],

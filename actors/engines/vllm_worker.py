@@ -102,7 +102,7 @@ class Desk:
     def support(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the likeliest ids by falling log-prob [N, K], their log-probs [N, K] and the log tail mass [N]."""
         vocab, size = logprobs.shape[-1], self.laws.support_size
-        drawable = vocab - len(self.laws.head.stop_token_ids) + 1
+        drawable = vocab - len(self.laws.head.stop_token_ids[1:])
         if size is None or size >= drawable:
             size = vocab
         values, ids = logprobs.topk(size, dim=-1)

@@ -332,8 +332,9 @@ class VllmBlendEngine:
             draft_length: k, how many tokens the student drafts for each pass of the teacher, at most.
             head: of both models.
         """
-        # Drafts may reach beyond the longest completion; cut drafts would leave rows without any.
-        room = max_model_len + draft_length + 2
+        # Drafts may reach beyond the longest completion. vLLM drafts for nobody where the longest sequence, its drafts
+        # included, has no room for as many again, and a row without drafts is refused.
+        room = max_model_len + 2 * draft_length + 2
         scheduled = max(room, max_num_seqs * (draft_length + 1), _MIN_BATCHED_TOKENS)
         self._vllm = VllmProcess(
             model=teacher,

@@ -284,7 +284,8 @@ class BlendingSampler:
             request = job.requests[number]
             return (*request.prompt_ids, *request.completion_ids)[-1]
         self.num_undrafted += 1
-        return self._desk.laws.head.stop_token_id  # ends the request; the engine refuses the whole job
+        # Any token will do, for the engine refuses the whole job; the stop token ends the request at once.
+        return max(self._desk.laws.head.stop_token_id, 0)
 
     def _verify(self, drafts: "_Drafts", numbers: Array, positions: Array) -> Array:
         """Verify B rows that have drafts, record what they emit, and return it, [B, k] with -1 for none."""

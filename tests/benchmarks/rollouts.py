@@ -42,7 +42,7 @@ from learner.tiny_models import make_tiny_models, tiny_folder
 
 EPSILONS = (0.001, 0.005, 0.02, 0.05)
 BATCHES = (1, 16, 64)
-NUM_TOKENS = 96
+NUM_TOKENS = 80
 SUPPORT_SIZE = 16
 REPEATS = {"torch": 3, "vllm": 2}
 

@@ -233,6 +233,17 @@ def test_more_actors_than_the_cluster_holds_are_refused(tmp_path: Path, started:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_ctrl_c_while_the_actors_start_ends_the_command_and_leaves_nobody(tmp_path: Path, started: list[Run]) -> None:
+    started.append(early := Run("train", QUICKSTART, f"training.folder={tmp_path}"))
+    early.wait_for(r"^dashboard: ")
+    early.interrupt()
+    assert early.end(120) == 130
+    assert "Traceback" not in early.text
+    assert early.orphans() == []
+
+
+@pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_full_disk_and_ctrl_c_end_a_run_that_can_go_on(tmp_path: Path, started: list[Run]) -> None:
     """One run, ended in two ways; each time what it wrote is whole, and no process is left."""

@@ -468,6 +468,16 @@ def test_drafts_end_where_the_engine_ends(call: Call, student: Qwen3ForCausalLM,
     call("teacher", "close", theirs)
 
 
+def test_blended_sequences_as_long_as_the_engine_allows_have_drafts_to_the_end(call: Call) -> None:
+    prompt_ids = (1, *[4] * (MAX_MODEL_LEN - 9))
+    requests = [
+        SequenceRequest(prompt_id="longest", sample_index=i, prompt_ids=prompt_ids, max_new_tokens=8) for i in range(64)
+    ]
+    generations, _ = call("blend", "generate_blended", requests, TrustRegion(epsilon=0.05))
+    assert sum(len(g.token_ids) == 8 for g in generations) > 5
+    assert all(g.finish_reason == "stop" or len(g.token_ids) == 8 for g in generations)
+
+
 def test_finished_completions_are_scored_at_whatever_ids_are_asked_for(call: Call, student: Qwen3ForCausalLM) -> None:
     rng = np.random.default_rng(7)
     prompts = [request.prompt_ids for request in long_requests()]

@@ -54,12 +54,10 @@ class TrustRegion:
         return blend(student_logprobs, teacher_logprobs, self.epsilon)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FixedBeta:
-    """``mu ∝ pi_S^(1-beta) pi_T^beta`` with one beta for all tokens: no budget is kept."""
+class _WithoutBudget:
+    """What there is to say of a law that keeps no budget."""
 
-    beta: float
-    """In [0, 1]."""
+    __slots__ = ()
 
     @property
     def epsilon(self) -> float:
@@ -71,13 +69,21 @@ class FixedBeta:
         """Nothing is known; as at an epsilon of 0.05."""
         return 0.84
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedBeta(_WithoutBudget):
+    """``mu ∝ pi_S^(1-beta) pi_T^beta`` with one beta for all tokens: no budget is kept."""
+
+    beta: float
+    """In [0, 1]."""
+
     def target(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Blend:
         """Return mu for [..., V] rows of both."""
         return blend_at(student_logprobs, teacher_logprobs, self.beta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InterleavedInjection:
+class InterleavedInjection(_WithoutBudget):
     """SKD (Xu et al., ICLR 2025): a student's token outside the teacher's top-K gives way to a teacher's sample.
 
     As a law: ``mu = pi_S 1[top-K] + pi_S(outside) softmax(log pi_T / temperature)``. It speaks of the teacher's
@@ -88,16 +94,6 @@ class InterleavedInjection:
     """K, of the teacher."""
     temperature: float
     """Of the teacher's sample."""
-
-    @property
-    def epsilon(self) -> float:
-        """None."""
-        return float("nan")
-
-    @property
-    def expected_acceptance(self) -> float:
-        """Nothing is known; as at an epsilon of 0.05."""
-        return 0.84
 
     def target(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Blend:
         """Return mu for [..., V] rows of both; its beta is NaN, since it is not on the path between them."""

@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.behaviours import BlendedBehaviour
 from actors.config import BlenderSection
 from actors.draft_length import AdaptiveLength, DraftLength, FixedLength, MeasuredLength
-from actors.engines.errors import LostSequenceError
 from actors.engines.protocol import Draft, Ints, Scores, SequenceRequest, Settlement
 from actors.experience import (
     BlendTrace,
@@ -32,6 +31,7 @@ from actors.experience import (
     rollouts_to_arrow,
     sequence_requests_to_arrow,
 )
+from actors.failures import is_loss, root_cause
 from actors.meter import metered
 from actors.speculation import Pending, Sampled, SideLostError, Speculation, Timed
 from actors.student import sequence_requests
@@ -277,12 +277,7 @@ def _get(refs: list[Any]) -> list[Any]:
     """
     try:
         return list(ray.get(refs))
-    except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
-        raise SideLostError(str(error).splitlines()[0]) from error
-    except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException) and cause.cause is not cause:
-            cause = cause.cause
-        if isinstance(cause, LostSequenceError | RayActorError | ObjectLostError):
-            raise SideLostError(str(cause).splitlines()[0]) from error
+    except RayError as error:
+        if is_loss(error):
+            raise SideLostError(str(root_cause(error)).splitlines()[0]) from error
         raise

@@ -34,6 +34,14 @@ class Head:
         """The token that ends a completion; -1 where none does."""
         return self.stop_token_ids[0] if self.stop_token_ids else -1
 
+    def num_reported(self, support_size: int | None, vocab_size: int) -> int:
+        """Return on how many ids log-probs are told where K are asked for, None for all.
+
+        As many as can be drawn, or more, are all: there is nothing else that a spare could be drawn from.
+        """
+        drawable = vocab_size - len(self.stop_token_ids[1:])
+        return vocab_size if support_size is None or support_size >= drawable else support_size
+
     def merge(self, logits: Tensor) -> Tensor:
         """Return [..., V] unnormalised logs of the shared law, from [..., at least V] logits; differentiable."""
         logits = logits[..., : self.vocab_size]

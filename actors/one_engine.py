@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -191,9 +191,8 @@ class VllmPair:
         length = min(self._longest, chooses.choose(min(len(requests), self._max_num_sequences)))
         generations, counts = self._engine.generate_blended(requests, behaviour, length)
         lengths = [len(generation.token_ids) for generation in generations]
-        names = [field.name for field in fields(BlendedTokens)]
         sampled = Sampled(
-            tokens=BlendedTokens(**{name: np.concatenate([getattr(g, name) for g in generations]) for name in names}),
+            tokens=BlendedTokens.joined(generations),
             bounds=np.cumsum([0, *lengths]),
             stopped=np.array([generation.finish_reason == "stop" for generation in generations]),
         )

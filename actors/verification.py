@@ -52,14 +52,15 @@ class BlendedTokens:
     teacher_tail_logprobs: Floats
     """[M] likewise."""
 
-    @classmethod
-    def joined(cls, parts: "Sequence[BlendedTokens]") -> "BlendedTokens":
+    @staticmethod
+    def joined(parts: "Sequence[BlendedTokens]") -> "BlendedTokens":
         """One after another."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        names = [field.name for field in fields(BlendedTokens)]
+        return BlendedTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def at(self, index: Any) -> "BlendedTokens":
         """Return those at a numpy index: positions, a slice or a mask."""
-        return BlendedTokens(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return BlendedTokens(**{f.name: getattr(self, f.name)[index] for f in fields(BlendedTokens)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,8 +130,9 @@ def _train(recipe: Recipe, folder: "RunFolder", *, resume: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
+    from actors.failures import root_cause
     from orchestrator.checkpoints import has_checkpoint
-    from orchestrator.failures import root_cause, sentence
+    from orchestrator.failures import sentence
     from orchestrator.interruption import Interruption
     from orchestrator.loop import train as loop
     from orchestrator.progress import Progress

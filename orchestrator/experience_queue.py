@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import RayError
 
 from actors.behaviours import Behaviour, StudentAlone
 from actors.config import BlenderSection, ModelPoolSection
 from actors.engines.build import EngineSpec
-from actors.engines.errors import LostSequenceError
 from actors.experience import LEARNED_COLUMNS
+from actors.failures import is_loss, root_cause
 from actors.head import Head
 from actors.pools import Pool
 from actors.sampling import (
@@ -38,7 +38,6 @@ from actors.sampling import (
 from actors.speculation import SideLostError
 from actors.weights import PolicyWeights
 from orchestrator.cold_start import cold_start
-from orchestrator.failures import root_cause
 from orchestrator.models import model_location
 from orchestrator.prompts import build_source
 from orchestrator.recipe import Recipe
@@ -49,8 +48,6 @@ from rewards.grader_actor import GraderActor
 COLD_START_PROMPTS = 8
 _ATTEMPTS = 4
 _RETRY_S = 1.0
-_LOST = (RayActorError, ObjectLostError, OutOfMemoryError, LostSequenceError, SideLostError)
-"""What comes of an actor that died on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +191,7 @@ class ExperienceQueue:
         try:
             return [(shard, ray.get(shard.summary))]
         except Exception as error:
-            lost = isinstance(error, _LOST) or isinstance(root_cause(error), _LOST)
+            lost = is_loss(error) or isinstance(root_cause(error), SideLostError)
             if not lost or shard.num_retries + 1 >= _ATTEMPTS:
                 raise
             time.sleep(_RETRY_S)

@@ -1,16 +1,10 @@
 """From an exception that crossed processes to the sentence that names its cause."""
 
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError
 
+from actors.failures import root_cause
 from learner.errors import LearnerError, NonFiniteLossError
 from orchestrator.errors import RunError, UserError
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Follow task errors down to what was raised in the process where it happened."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
-        error = error.cause
-    return error
 
 
 def sentence(error: BaseException) -> str:

@@ -30,6 +30,16 @@ class SequenceRequest:
     completion_ids: tuple[int, ...] = ()
     """Tokens of the completion that are there already; sampling goes on after them."""
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens so far, of prompt and completion."""
+        return (*self.prompt_ids, *self.completion_ids)
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens are still to be sampled."""
+        return self.max_new_tokens - len(self.completion_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:

@@ -20,7 +20,7 @@ from actors.engines.errors import EngineError, LostSequenceError
 from actors.engines.protocol import Draft, Generation, Ints, Scores, SequenceRequest
 from actors.engines.ragged_cache import ATTENTION, RaggedCache
 from actors.engines.torch_columns import Columns, gathered
-from actors.engines.torch_running import Running, text_of, uniforms_from
+from actors.engines.torch_running import Running, uniforms_from
 from actors.head import PLAIN, Decoding, Head
 from actors.random_numbers import Purpose, prompt_keys, sample_from_logprobs
 
@@ -125,8 +125,7 @@ class TorchEngine:
         self._num_layers: int = loaded.config.num_hidden_layers
         self._vocab_size = _shared_vocabulary(head, loaded.config.vocab_size, model)
         self._seed, self._head = seed, head
-        drawable = self._vocab_size - max(len(head.stop_token_ids) - 1, 0)
-        self._support_size = self._vocab_size if support_size is None or support_size >= drawable else support_size
+        self._support_size = head.num_reported(support_size, self._vocab_size)
         self._max_num_sequences = max_num_sequences
         self._lanes: dict[int, _Lane] = {}
         self._own_cache = RaggedCache(self._num_layers)
@@ -146,7 +145,7 @@ class TorchEngine:
         into = self._lanes.setdefault(lane, _Lane(RaggedCache(self._num_layers)))
         handles = [next(self._handles) for _ in requests]
         for i in self._prefill(into.cache, len(into.rows), requests):
-            text = text_of(requests[i])
+            text = requests[i].token_ids
             state = _Sequence(request=requests[i], lane=lane, row=len(into.rows), last_token=text[-1], length=len(text))
             self._sequences[handles[i]] = state
             into.rows.append(state)
@@ -225,7 +224,7 @@ class TorchEngine:
     def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
         """Sample every request to its end; places of those that have ended are taken by the next."""
         cache, columns = self._own_cache, Columns(self._support_size, self._vocab_size)
-        waiting = deque(i for i, r in enumerate(requests) if len(r.completion_ids) < r.max_new_tokens)
+        waiting = deque(i for i, r in enumerate(requests) if r.num_left > 0)
         reasons = ["length"] * len(requests)
         running = Running(self._seed, requests)
         owners = []
@@ -355,7 +354,7 @@ class TorchEngine:
 
     def _prefill(self, cache: RaggedCache, first_row: int, requests: Sequence[SequenceRequest]) -> list[int]:
         """Fill the rows from the first with all tokens but the last; return which request each row holds."""
-        texts = [text_of(request)[:-1] for request in requests]
+        texts = [request.token_ids[:-1] for request in requests]
         order: list[int] = []
         for chunk in _chunks([len(text) for text in texts], _PASS_TOKENS):
             inputs = _padded([texts[i] for i in chunk]).to(self._device)

@@ -29,8 +29,8 @@ class Running:
 
     def admit(self, numbers: Sequence[int]) -> None:
         """Append a row for each request of these numbers."""
-        texts = [text_of(self._requests[i]) for i in numbers]
-        left = [self._requests[i].max_new_tokens - len(self._requests[i].completion_ids) for i in numbers]
+        texts = [self._requests[i].token_ids for i in numbers]
+        left = [self._requests[i].num_left for i in numbers]
         self.owners = np.append(self.owners, np.array(numbers, np.intp))
         self.last_tokens = np.append(self.last_tokens, [text[-1] for text in texts])
         self.lengths = np.append(self.lengths, [len(text) for text in texts])
@@ -67,11 +67,6 @@ class Running:
             _NUM_AHEAD,
             Purpose.TOKEN,
         )
-
-
-def text_of(request: SequenceRequest) -> tuple[int, ...]:
-    """Return all its ids, of prompt and completion."""
-    return (*request.prompt_ids, *request.completion_ids)
 
 
 def uniforms_from(

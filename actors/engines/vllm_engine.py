@@ -22,50 +22,23 @@ from actors.engines.vllm_jobs import BlendCounts, Laws, Record, SampleJob, Score
 from actors.engines.vllm_process import VllmProcess, environment
 from actors.engines.vllm_sequences import OpenSequence, OpenSequences
 from actors.head import PLAIN, Decoding, Head
+from actors.verification import BlendedTokens
 
 __all__ = ["BlendCounts", "BlendedGeneration", "VllmBlendEngine", "VllmEngine", "environment"]
-
-Bools = npt.NDArray[np.bool_]
 
 _MIN_BATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlendedGeneration:
-    """One completion drawn from mu; T tokens, log-probs in nats."""
+class BlendedGeneration(BlendedTokens):
+    """One completion drawn from mu, the stop token included where one was drawn; T tokens."""
 
-    token_ids: Ints
-    """[T], the stop token included where one was drawn."""
-    behaviour_logprobs: Floats
-    """[T] log mu."""
-    student_logprobs: Floats
-    """[T]."""
-    teacher_logprobs: Floats
-    """[T]."""
     policy_versions: Ints
     """[T]."""
     finish_reason: str
     """'stop' or 'length'."""
     epsilon: Floats
     """[T] budget; NaN where the behaviour keeps none."""
-    beta: Floats
-    """[T] blend weight."""
-    divergence: Floats
-    """[T] KL(mu || student)."""
-    teacher_divergence: Floats
-    """[T] KL(mu || teacher)."""
-    accepted: Bools
-    """[T] False where the student's draft was redrawn."""
-    support_ids: Ints
-    """[T, K], the student's likeliest, sorted by its falling log-prob."""
-    support_student_logprobs: Floats
-    """[T, K]."""
-    support_teacher_logprobs: Floats
-    """[T, K]."""
-    student_tail_logprobs: Floats
-    """[T] log mass outside the support; -inf where K = V."""
-    teacher_tail_logprobs: Floats
-    """[T] likewise."""
 
 
 class VllmEngine:
@@ -135,7 +108,7 @@ class VllmEngine:
         record = self._run(
             SampleJob(requests=requests, decoding=decoding),
             [_text(request) for request in requests],
-            [{"max_tokens": max(1, _num_left(request)), "stop_token_ids": list(self._stops)} for request in requests],
+            [{"max_tokens": max(1, request.num_left), "stop_token_ids": list(self._stops)} for request in requests],
         )
         return [
             Generation(
@@ -389,7 +362,7 @@ class VllmBlendEngine:
             [text[:-1] for text in texts],  # the last is forced: see BlendingSampler
             [
                 {
-                    "max_tokens": max(1, _num_left(request)) + 1,
+                    "max_tokens": max(1, request.num_left) + 1,
                     # A forced stop token would end its request at once.
                     "stop_token_ids": [] if text[-1] == self._stop else list(self._stops),
                 }
@@ -448,15 +421,9 @@ class VllmBlendEngine:
         )
 
 
-def _num_left(request: SequenceRequest) -> int:
-    """Return how many tokens are still to be sampled."""
-    return request.max_new_tokens - len(request.completion_ids)
-
-
 def _text(request: SequenceRequest) -> tuple[int, ...]:
     """Return all tokens so far; of a completion that is full, which vLLM may not take, two that stand in for them."""
-    text = (*request.prompt_ids, *request.completion_ids)
-    return text if _num_left(request) > 0 else text[-2:]
+    return request.token_ids if request.num_left > 0 else request.token_ids[-2:]
 
 
 def _split(record: Record, num_requests: int) -> list[dict[str, npt.NDArray[Any]]]:
@@ -486,7 +453,7 @@ def _completions(
     """
     completions = []
     for rows, request in zip(_split(record, len(requests)), requests, strict=True):
-        stops, left = np.flatnonzero(rows["token_id"] == stop_token_id), max(0, _num_left(request))
+        stops, left = np.flatnonzero(rows["token_id"] == stop_token_id), max(0, request.num_left)
         length = min(left, int(stops[0]) + 1) if len(stops) else left
         _check_positions(rows, request, length)
         completions.append({name: values[:length] for name, values in rows.items()})

@@ -40,8 +40,7 @@ class OpenSequences:
         handles = []
         for request in requests:
             handles.append(next(self._handles))
-            tokens = [*request.prompt_ids, *request.completion_ids]
-            self._sequences[handles[-1]] = OpenSequence(request=request, token_ids=tokens)
+            self._sequences[handles[-1]] = OpenSequence(request=request, token_ids=list(request.token_ids))
         return handles
 
     def at(self, handles: Sequence[int]) -> list[OpenSequence]:

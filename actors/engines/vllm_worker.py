@@ -101,10 +101,7 @@ class Desk:
 
     def support(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the likeliest ids by falling log-prob [N, K], their log-probs [N, K] and the log tail mass [N]."""
-        vocab, size = logprobs.shape[-1], self.laws.support_size
-        drawable = vocab - len(self.laws.head.stop_token_ids[1:])
-        if size is None or size >= drawable:
-            size = vocab
+        size = self.laws.head.num_reported(self.laws.support_size, logprobs.shape[-1])
         values, ids = logprobs.topk(size, dim=-1)
         return ids, values, _outside(logprobs, ids)
 
@@ -281,8 +278,7 @@ class BlendingSampler:
         job = self._desk.job
         assert isinstance(job, SampleJob)
         if num_sampled == 0:
-            request = job.requests[number]
-            return (*request.prompt_ids, *request.completion_ids)[-1]
+            return job.requests[number].token_ids[-1]
         self.num_undrafted += 1
         # Any token will do, for the engine refuses the whole job; the stop token ends the request at once.
         return max(self._desk.laws.head.stop_token_id, 0)

@@ -73,6 +73,13 @@ class ModelPoolSection(PoolSection):
     """A Hugging Face folder, `hub:NAME` for a model on the Hub, or `tiny:NAME` for a small one made on first use."""
 
 
+class DynamicSamplingSection(Section):
+    """Groups of equal rewards teach nothing; DAPO (arXiv 2503.14476) samples other prompts in their place."""
+
+    max_refills: int = Field(default=3, ge=1)
+    """How often at most, for one step. What is still missing then is left out, and counted."""
+
+
 class RolloutsSection(Section):
     """What is sampled at each step."""
 
@@ -92,8 +99,11 @@ class RolloutsSection(Section):
     """Draw among the fewest likeliest tokens with this mass. Not where two models are blended."""
     stop_token: str | None = None
     """The token that ends a completion; by default the student's end-of-text token, and the teacher's counts as it."""
-    support_size: Annotated[int, Field(ge=1)] | Literal["full"] = 16
-    """K: on how many of the student's likeliest ids student and teacher log-probs are kept at each position."""
+    support_size: Annotated[int, Field(ge=0)] | Literal["full"] = 16
+    """K: on how many of the student's likeliest ids student and teacher log-probs are kept at each position. 0 keeps
+    none, where neither a blend nor the loss needs them; the KL to the teacher is then not measured either."""
+    dynamic_sampling: DynamicSamplingSection | None = None
+    """Replace groups that teach nothing; none to learn from whatever was sampled."""
     max_staleness: int = Field(default=0, ge=0)
     """How many optimizer steps behind a rollout's weights may be when it is learned from. 0 is synchronous."""
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.engines.protocol import SequenceRequest
+from actors.engines.protocol import SequenceRequest, Support
 from rewards.grade import Grade, Status
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 LEARNED_COLUMNS = frozenset(
     {
@@ -23,11 +23,16 @@ LEARNED_COLUMNS = frozenset(
         "student_logprobs", "support_ids", "support_teacher_logprobs", "teacher_tail_logprobs",
     }
 )  # fmt: skip
-"""What a learner needs of a rollout: of a teacher's scores, the ids and the teacher's side."""
+"""What a learner needs of a rollout: of a teacher's scores, the ids and the teacher's side. Where it is told something
+else of the teacher, `SignalSpec.learned_columns` (actors/teacher_signal.py) has the columns."""
+
+LEARNER_ONLY_COLUMNS = frozenset({"learned_ids", "learned_logprobs", "learned_tail_logprobs", "teacher_hidden"})
+"""What only a learner reads, which is most of a batch where it is there; a batch may lack these columns."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+Hidden = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +146,34 @@ class Rollout:
     blend: BlendTrace | None = None
     teacher: TeacherScores | None = None
     grade: Grade | None = None
+    learned: Support | None = None
+    """The teacher's log-probs that the learner is told, where they are not those of `teacher`."""
+    teacher_hidden: Hidden | None = None
+    """[T, H] the teacher's last hidden state at the position that predicts each token: float32, or the bits of
+    bfloat16 as uint16."""
+
+    def learner_scores(self) -> tuple[Ints, Floats, Floats]:
+        """Return what the learner is told of the teacher's law at each position.
+
+        Returns:
+            ids: [T, K], all different at each position.
+            logprobs: [T, K] nats, the teacher's.
+            tail_logprobs: [T] nats, the teacher's mass outside; -inf where nothing is outside.
+
+        Raises:
+            ValueError: if the rollout has no scores of a teacher.
+        """
+        told, scores = self.learned, self.teacher
+        if told is None:
+            if scores is None or scores.teacher_logprobs is None or scores.teacher_tail_logprobs is None:
+                raise ValueError(
+                    f"a rollout to distil from must carry a teacher's log-probs, got none for {self.prompt.prompt_id!r}"
+                )
+            return scores.support_ids, scores.teacher_logprobs, scores.teacher_tail_logprobs
+        shape = told.logprobs.shape
+        ids = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape) if told.ids is None else told.ids
+        tails = np.full(shape[0], -np.inf, np.float32) if told.tail_logprobs is None else told.tail_logprobs
+        return ids, told.logprobs, tails
 
 
 _PER_TOKEN: Mapping[str, pa.DataType] = {
@@ -148,10 +181,14 @@ _PER_TOKEN: Mapping[str, pa.DataType] = {
     "student_logprobs": pa.float32(), "epsilon": pa.float32(), "beta": pa.float32(), "divergence": pa.float32(),
     "teacher_divergence": pa.float32(), "teacher_logprobs": pa.float32(), "accepted": pa.bool_(),
     "student_tail_logprobs": pa.float32(), "teacher_tail_logprobs": pa.float32(),
+    "learned_tail_logprobs": pa.float32(),
 }  # fmt: skip
 _PER_SUPPORT: Mapping[str, pa.DataType] = {
     "support_ids": pa.int32(), "support_student_logprobs": pa.float32(), "support_teacher_logprobs": pa.float32(),
+    "learned_ids": pa.int32(),
 }  # fmt: skip
+_WIDE = ("learned_logprobs", "teacher_hidden")
+"""[T, K] as well, with so many values to a token that 32 bits may not count those of a batch."""
 _SCALARS: Mapping[str, pa.DataType] = {
     "prompt_id": pa.string(), "sample_index": pa.int32(), "task": pa.string(), "prompt": pa.string(),
     "reference": pa.string(), "text": pa.string(), "finish_reason": pa.string(), "reward": pa.float32(),
@@ -223,9 +260,10 @@ def rollouts_to_arrow(rollouts: Sequence[Rollout]) -> pa.RecordBatch:
     """Return one row per rollout; absent parts (no teacher, not graded yet) are nulls.
 
     Columns: every scalar and array of the records above under its own name, `support_…` for the [T, K] arrays (nested
-    lists), and `prompt_token_ids`.
+    lists), `learned_…` for what the learner alone is told, and `prompt_token_ids`. `teacher_hidden` holds float32, or
+    uint16 where a rollout has that.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in (*_SCALARS, *_PER_TOKEN, *_PER_SUPPORT)}
+    columns: dict[str, list[Any]] = {name: [] for name in (*_SCALARS, *_PER_TOKEN, *_PER_SUPPORT, *_WIDE)}
     prompt_ids = [np.asarray(r.prompt.token_ids, dtype=np.int32) for r in rollouts]
     for r in rollouts:
         completion, blend, teacher, grade = r.completion, r.blend, r.teacher, r.grade
@@ -252,6 +290,14 @@ def rollouts_to_arrow(rollouts: Sequence[Rollout]) -> pa.RecordBatch:
                 "student_tail_logprobs": teacher.student_tail_logprobs,
                 "teacher_tail_logprobs": teacher.teacher_tail_logprobs,
             }
+        if r.learned is not None:
+            row |= {
+                "learned_ids": r.learned.ids,
+                "learned_logprobs": r.learned.logprobs,
+                "learned_tail_logprobs": r.learned.tail_logprobs,
+            }
+        if r.teacher_hidden is not None:
+            row["teacher_hidden"] = r.teacher_hidden
         if grade is not None:
             row |= {"reward": grade.reward, "status": grade.status.value, "grade_detail": grade.detail,
                     "grade_s": grade.seconds}  # fmt: skip
@@ -261,42 +307,56 @@ def rollouts_to_arrow(rollouts: Sequence[Rollout]) -> pa.RecordBatch:
     arrays["prompt_token_ids"] = _ragged(prompt_ids, pa.int32())
     arrays |= {name: _ragged(columns[name], kind) for name, kind in _PER_TOKEN.items()}
     arrays |= {name: _ragged_support(columns[name], kind) for name, kind in _PER_SUPPORT.items()}
+    arrays |= {name: _ragged_support(columns[name], _wide_kind(columns[name]), wide=True) for name in _WIDE}
     batch = pa.RecordBatch.from_pydict(arrays)
     return batch.replace_schema_metadata({"tutelage_rollouts": SCHEMA_VERSION})
 
 
 def rollouts_from_arrow(batch: pa.RecordBatch) -> list[Rollout]:
-    """Return the rollouts of a batch made by `rollouts_to_arrow`; their arrays are read-only views of it."""
+    """Return the rollouts of a batch made by `rollouts_to_arrow`; their arrays are read-only views of it.
+
+    Where of a blend nothing but the teacher's log-probs is left, they are what the learner is told.
+    """
     scalars = {name: batch.column(name).to_pylist() for name in _SCALARS}
-    ragged = {name: _views(batch.column(name)) for name in ("prompt_token_ids", *_PER_TOKEN)}
-    support = {name: _support_views(batch.column(name)) for name in _PER_SUPPORT}
+    arrays: dict[str, list[Any]] = {name: [None] * batch.num_rows for name in LEARNER_ONLY_COLUMNS}
+    for name in {"prompt_token_ids", *_PER_TOKEN, *_PER_SUPPORT, *_WIDE} & set(batch.schema.names):
+        nested = pa.types.is_nested(batch.schema.field(name).type.value_type)
+        arrays[name] = (_support_views if nested else _views)(batch.column(name))
     rollouts = []
     for i in range(batch.num_rows):
         prompt = Prompt(
             prompt_id=scalars["prompt_id"][i],
             text=scalars["prompt"][i],
-            token_ids=tuple(ragged["prompt_token_ids"][i].tolist()),
+            token_ids=tuple(arrays["prompt_token_ids"][i].tolist()),
             task=scalars["task"][i],
             reference=scalars["reference"][i],
         )
         completion = Completion(
-            token_ids=ragged["token_ids"][i],
-            behaviour_logprobs=ragged["behaviour_logprobs"][i],
-            student_logprobs=ragged["student_logprobs"][i],
+            token_ids=arrays["token_ids"][i],
+            behaviour_logprobs=arrays["behaviour_logprobs"][i],
+            student_logprobs=arrays["student_logprobs"][i],
             finish_reason=scalars["finish_reason"][i],
-            policy_versions=ragged["policy_versions"][i],
+            policy_versions=arrays["policy_versions"][i],
         )
-        blend = teacher = grade = None
-        if ragged["beta"][i] is not None:
-            blend = BlendTrace(**{name: ragged[name][i] for name in BlendTrace.__dataclass_fields__})
-        if support["support_ids"][i] is not None:
+        blend = teacher = grade = learned = None
+        if arrays["beta"][i] is not None:
+            blend = BlendTrace(**{name: arrays[name][i] for name in BlendTrace.__dataclass_fields__})
+        if arrays["support_ids"][i] is not None:
             teacher = TeacherScores(
-                support_ids=support["support_ids"][i],
-                student_logprobs=support["support_student_logprobs"][i],
-                teacher_logprobs=support["support_teacher_logprobs"][i],
-                student_tail_logprobs=ragged["student_tail_logprobs"][i],
-                teacher_tail_logprobs=ragged["teacher_tail_logprobs"][i],
+                support_ids=arrays["support_ids"][i],
+                student_logprobs=arrays["support_student_logprobs"][i],
+                teacher_logprobs=arrays["support_teacher_logprobs"][i],
+                student_tail_logprobs=arrays["student_tail_logprobs"][i],
+                teacher_tail_logprobs=arrays["teacher_tail_logprobs"][i],
             )
+        if arrays["learned_logprobs"][i] is not None:
+            learned = Support(
+                ids=arrays["learned_ids"][i],
+                logprobs=arrays["learned_logprobs"][i],
+                tail_logprobs=arrays["learned_tail_logprobs"][i],
+            )
+        elif arrays["teacher_logprobs"][i] is not None and blend is None:
+            learned = _drawn_alone(completion, arrays["teacher_logprobs"][i])
         if scalars["status"][i] is not None:
             grade = Grade(
                 reward=scalars["reward"][i],
@@ -306,9 +366,21 @@ def rollouts_from_arrow(batch: pa.RecordBatch) -> list[Rollout]:
             )
         rollouts.append(
             Rollout(prompt=prompt, sample_index=scalars["sample_index"][i], completion=completion,
-                    text=scalars["text"][i], blend=blend, teacher=teacher, grade=grade)
+                    text=scalars["text"][i], blend=blend, teacher=teacher, grade=grade, learned=learned,
+                    teacher_hidden=arrays["teacher_hidden"][i])
         )  # fmt: skip
     return rollouts
+
+
+def _drawn_alone(completion: Completion, logprobs: Floats) -> Support:
+    """The drawn token as a support of one."""
+    with np.errstate(divide="ignore"):
+        tails = np.log(-np.expm1(np.minimum(logprobs, 0)))
+    return Support(ids=completion.token_ids[:, None], logprobs=logprobs[:, None], tail_logprobs=tails)
+
+
+def _wide_kind(rows: Iterable[npt.NDArray[Any] | None]) -> pa.DataType:
+    return pa.uint16() if any(row is not None and row.dtype == np.uint16 for row in rows) else pa.float32()
 
 
 def _ragged(rows: Iterable[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
@@ -323,17 +395,17 @@ def _ragged(rows: Iterable[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Ar
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(missing) if missing.any() else None)
 
 
-def _ragged_support(rows: Iterable[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
-    """[rows] of [T, K] arrays (or None) -> list<list<kind>>."""
+def _ragged_support(rows: Iterable[npt.NDArray[Any] | None], kind: pa.DataType, *, wide: bool = False) -> pa.ListArray:
+    """[rows] of [T, K] arrays (or None) -> list<list<kind>>, or list<large_list<kind>>."""
     rows = list(rows)
     inner_lengths = np.concatenate(
         [np.full(row.shape[0], row.shape[1], dtype=np.int64) for row in rows if row is not None]
         or [np.zeros(0, dtype=np.int64)]
     )
-    inner_offsets = np.concatenate([[0], np.cumsum(inner_lengths)]).astype(np.int32)
+    inner_offsets = np.concatenate([[0], np.cumsum(inner_lengths)]).astype(np.int64 if wide else np.int32)
     present = [row.reshape(-1) for row in rows if row is not None]
     flat = np.concatenate(present) if present else np.zeros(0)
-    inner = pa.ListArray.from_arrays(
+    inner = (pa.LargeListArray if wide else pa.ListArray).from_arrays(
         pa.array(inner_offsets), pa.array(flat.astype(kind.to_pandas_dtype(), copy=False), kind)
     )
     lengths = np.array([0 if row is None else row.shape[0] for row in rows], dtype=np.int64)
@@ -355,7 +427,7 @@ def _views(column: pa.ListArray) -> list[Any]:
 
 
 def _support_views(column: pa.ListArray) -> list[Any]:
-    """list<list<kind>> -> per row a [T, K] view, or None where the row is null."""
+    """list<list<kind>>, or list<large_list<kind>> -> per row a [T, K] view, or None where the row is null."""
     flat, inner, offsets = _values(column.values.values), column.values.offsets.to_numpy(), column.offsets.to_numpy()
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     rows: list[Any] = []

@@ -18,7 +18,7 @@ class Meter:
     num_drafted: int = 0
     """Tokens that the student drew, those behind a refused one included."""
     num_passes: int = 0
-    """Passes of the teacher over a sequence, summed over sequences."""
+    """Passes of the teacher over a sequence, summed over sequences; not that over a finished blend for the learner."""
     num_scored: int = 0
     """Positions that the teacher scored."""
     num_reopened: int = 0

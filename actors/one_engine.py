@@ -19,6 +19,8 @@ from actors.experience import requests_from_arrow
 from actors.meter import Meter, metered
 from actors.speculation import Pending, Sampled, Speculation, Timed
 from actors.student import likeliest, sequence_requests
+from actors.teacher import with_signal
+from actors.teacher_signal import STUDENTS_SUPPORT, SignalSpec
 from actors.tokenizer import load_tokenizer
 from actors.verification import BlendedTokens
 from actors.weights import PolicyWeights, read_weights
@@ -52,15 +54,34 @@ class OneEngineActor:
         return self._name
 
     def sample(
-        self, requests: pa.RecordBatch, weights: PolicyWeights, behaviour: BlendedBehaviour, max_new_tokens: int
+        self,
+        requests: pa.RecordBatch,
+        weights: PolicyWeights,
+        behaviour: BlendedBehaviour,
+        max_new_tokens: int,
+        signal: SignalSpec = STUDENTS_SUPPORT,
     ) -> pa.RecordBatch:
-        """Sample every request to its end from mu, and return complete rollouts with the teacher's scores."""
+        """Sample every request to its end from mu, and return complete rollouts with the teacher's scores.
+
+        Args:
+            requests: made by `requests_to_arrow`.
+            weights: of the student.
+            behaviour: gives mu.
+            max_new_tokens: longest completion.
+            signal: what the learner is told of the teacher.
+
+        Raises:
+            EngineError: if the engine cannot tell what the signal wants.
+        """
         pair = self._pair
         if weights.policy_version != pair.policy_version:
             pair.load_weights(weights)
         asked = requests_from_arrow(requests)
         sampled, meter = pair.sample(sequence_requests(asked, max_new_tokens), behaviour)
-        return metered(blended_rollouts(asked, sampled, behaviour, pair.policy_version, self._tokenizer), meter)
+        rollouts = metered(blended_rollouts(asked, sampled, behaviour, pair.policy_version, self._tokenizer), meter)
+        if signal.is_in_every_rollout:
+            return rollouts
+        return with_signal(rollouts, pair.teacher, signal, self._spec.support_size)
 
     def likeliest(self, requests: pa.RecordBatch, weights: PolicyWeights) -> tuple[list[list[int]], ...] | None:
         """Return the support's ids at the position after each prompt, of student and teacher; None where hidden."""
@@ -121,7 +142,8 @@ class TorchPair:
     def __init__(self, spec: EngineSpec, teacher: str, section: BlenderSection) -> None:
         self._spec, self._section = spec, section
         self._student: Any = build_engine(spec)
-        self._teacher: Any = build_engine(replace(spec, model=teacher))
+        self.teacher: Any = build_engine(replace(spec, model=teacher))
+        """The teacher's engine."""
 
     @property
     def policy_version(self) -> int:
@@ -136,7 +158,7 @@ class TorchPair:
         """Sample every request to its end."""
         speculation = Speculation(
             LocalSide(self._student),
-            LocalSide(self._teacher),
+            LocalSide(self.teacher),
             behaviour=behaviour,
             draft_length=draft_length_of(self._section, behaviour),
             seed=self._spec.seed,
@@ -147,7 +169,7 @@ class TorchPair:
 
     def likeliest(self, requests: pa.RecordBatch) -> tuple[list[list[int]], ...]:
         """Return the support's ids at the position after each prompt, of both."""
-        return likeliest(self._student, requests), likeliest(self._teacher, requests)
+        return likeliest(self._student, requests), likeliest(self.teacher, requests)
 
 
 class VllmPair:
@@ -173,6 +195,11 @@ class VllmPair:
             max_num_seqs=spec.section.max_num_sequences,
             enforce_eager=spec.section.enforce_eager,
         )
+
+    @property
+    def teacher(self) -> Any:
+        """What is asked for the teacher's signal, and tells of finished completions nothing more."""
+        return self._engine
 
     @property
     def policy_version(self) -> int:

@@ -22,6 +22,7 @@ from actors.one_engine import OneEngineActor
 from actors.pools import Pool
 from actors.student import StudentActor
 from actors.teacher import TeacherActor
+from actors.teacher_signal import STUDENTS_SUPPORT, SignalSpec
 from actors.weights import PolicyWeights
 
 RolloutRef = ray.ObjectRef[pa.RecordBatch]
@@ -85,8 +86,18 @@ class PlainSampler:
         student: EngineSpec,
         teachers: ModelPoolSection | None = None,
         teacher: EngineSpec | None = None,
+        signal: SignalSpec = STUDENTS_SUPPORT,
     ) -> None:
-        self._sections, self._specs = (students, teachers), (student, teacher)
+        """Nothing is started yet.
+
+        Args:
+            students: the pool of students.
+            student: their engine.
+            teachers: the pool of teachers, if any.
+            teacher: their engine.
+            signal: what the learner is told of the teacher by `sample`; rollouts of `sample_student` are for the eye.
+        """
+        self._sections, self._specs, self._signal = (students, teachers), (student, teacher), signal
         self.students: Pool | None = None
         self.teachers: Pool | None = None
 
@@ -113,22 +124,27 @@ class PlainSampler:
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
         """Each student samples a shard, a teacher scores it when it is done."""
+        return self._sample(job, self._signal)
+
+    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
+        """The same from the student's own law, with both laws on the student's support."""
+        return self._sample(replace(job, behaviour=StudentAlone()), STUDENTS_SUPPORT)
+
+    def _sample(self, job: SampleJob, signal: SignalSpec) -> list[RolloutRef]:
         assert self.students is not None
         assert isinstance(job.behaviour, StudentAlone)
         refs = []
         count = max(len(self.students), len(self.teachers or ()), job.least_shards)
         for i, shard in enumerate(job.shards(count)):
-            rollouts = self.students[i].sample.remote(shard, job.weights, job.max_new_tokens, job.behaviour.decoding)
+            rollouts = self.students[i].sample.remote(
+                shard, job.weights, job.max_new_tokens, job.behaviour.decoding, signal.needs_student_support
+            )
             refs.append(
                 rollouts
                 if self.teachers is None
-                else self.teachers[i].score_rollouts.remote(rollouts, job.behaviour.decoding)
+                else self.teachers[i].score_rollouts.remote(rollouts, job.behaviour.decoding, signal)
             )
         return refs
-
-    def sample_student(self, job: SampleJob) -> list[RolloutRef]:
-        """The same from the student's own law."""
-        return self.sample(replace(job, behaviour=StudentAlone()))
 
     def overlap(self, job: SampleJob) -> float | None:
         """Ask one student and one teacher."""
@@ -150,8 +166,14 @@ class PlainSampler:
 class BlendedSampler:
     """Students and teachers in their own actors, and the blending service between them."""
 
-    def __init__(self, plain: PlainSampler, section: BlenderSection, student: EngineSpec) -> None:
-        self._plain, self._section, self._student = plain, section, student
+    def __init__(
+        self,
+        plain: PlainSampler,
+        section: BlenderSection,
+        student: EngineSpec,
+        signal: SignalSpec = STUDENTS_SUPPORT,
+    ) -> None:
+        self._plain, self._section, self._student, self._signal = plain, section, student, signal
         self.blenders: Pool | None = None
 
     def start(self) -> None:
@@ -172,7 +194,7 @@ class BlendedSampler:
         self.blenders.wait()
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
-        """A blender drives each shard through one student and one teacher."""
+        """A blender drives each shard through one student and one teacher, which adds what the learner is told."""
         students, teachers = self._plain.students, self._plain.teachers
         assert self.blenders is not None
         assert students is not None
@@ -182,12 +204,13 @@ class BlendedSampler:
         for i, shard in enumerate(job.shards(len(students))):
             number = i % len(students)
             # A student keeps its blender, where its rollouts take turns.
-            refs.append(
-                self.blenders[number].rollout.remote(
-                    shard, students[i], teachers[i], job.weights, job.behaviour, job.max_new_tokens,
-                    student_number=number, max_num_sequences=self._student.section.max_num_sequences,
-                )
+            rollouts = self.blenders[number].rollout.remote(
+                shard, students[i], teachers[i], job.weights, job.behaviour, job.max_new_tokens,
+                student_number=number, max_num_sequences=self._student.section.max_num_sequences,
             )  # fmt: skip
+            refs.append(
+                rollouts if self._signal.is_in_every_rollout else teachers[i].add_signal.remote(rollouts, self._signal)
+            )
         return refs
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
@@ -209,9 +232,15 @@ class OneEngineSampler:
     """Student and teacher together in each actor, as many actors as there are to be students."""
 
     def __init__(
-        self, students: ModelPoolSection, student: EngineSpec, teacher_model: str, section: BlenderSection
+        self,
+        students: ModelPoolSection,
+        student: EngineSpec,
+        teacher_model: str,
+        section: BlenderSection,
+        signal: SignalSpec = STUDENTS_SUPPORT,
     ) -> None:
         self._students, self._spec, self._teacher_model, self._section = students, student, teacher_model, section
+        self._signal = signal
         self._engines: Pool | None = None
 
     def start(self) -> None:
@@ -226,15 +255,18 @@ class OneEngineSampler:
 
     def sample(self, job: SampleJob) -> list[RolloutRef]:
         """Each actor samples a shard."""
-        assert self._engines is not None
-        return [
-            self._engines[i].sample.remote(shard, job.weights, job.behaviour, job.max_new_tokens)
-            for i, shard in enumerate(job.shards(len(self._engines)))
-        ]
+        return self._sample(job, self._signal)
 
     def sample_student(self, job: SampleJob) -> list[RolloutRef]:
         """With no budget mu is the student, and every draft is kept."""
-        return self.sample(replace(job, behaviour=TrustRegion(epsilon=0.0)))
+        return self._sample(replace(job, behaviour=TrustRegion(epsilon=0.0)), STUDENTS_SUPPORT)
+
+    def _sample(self, job: SampleJob, signal: SignalSpec) -> list[RolloutRef]:
+        assert self._engines is not None
+        return [
+            self._engines[i].sample.remote(shard, job.weights, job.behaviour, job.max_new_tokens, signal)
+            for i, shard in enumerate(job.shards(len(self._engines)))
+        ]
 
     def overlap(self, job: SampleJob) -> float | None:
         """Ask one actor for both."""
@@ -272,7 +304,7 @@ class AnnealedSampler:
             return self._plain.sample(job)
         if self._blended is None:
             # An earlier batch, part of which is sampled again: the student alone can still do it, and records say so.
-            return self._plain.sample_student(job)
+            return self._plain.sample(replace(job, behaviour=StudentAlone()))
         refs = self._blended.sample(job)
         self._in_flight = [*self._unfinished(), *refs]
         return refs

@@ -71,13 +71,28 @@ class StudentActor:
         return self._name
 
     def sample(
-        self, requests: pa.RecordBatch, weights: PolicyWeights, max_new_tokens: int, decoding: Decoding = PLAIN
+        self,
+        requests: pa.RecordBatch,
+        weights: PolicyWeights,
+        max_new_tokens: int,
+        decoding: Decoding = PLAIN,
+        with_support: bool = True,
     ) -> pa.RecordBatch:
-        """Sample every request to its end from the student alone; the teacher's part is left open."""
+        """Sample every request to its end from the student alone; the teacher's part is left open.
+
+        Args:
+            requests: made by `requests_to_arrow`.
+            weights: to sample from.
+            max_new_tokens: longest completion.
+            decoding: how tokens are drawn from the student's law.
+            with_support: whether its likeliest ids are wanted, where the engine reports any.
+        """
         began = time.perf_counter()
         self._refresh(weights)
         asked = requests_from_arrow(requests)
-        generations = self._engine.generate(sequence_requests(asked, max_new_tokens), decoding)
+        generations = self._engine.generate(
+            sequence_requests(asked, max_new_tokens), decoding, with_support=with_support
+        )
         texts = self._tokenizer.batch_decode([g.token_ids.tolist() for g in generations], skip_special_tokens=True)
         rollouts = rollouts_to_arrow(
             [
@@ -92,7 +107,7 @@ class StudentActor:
                         policy_versions=generation.policy_versions,
                     ),
                     text=text,
-                    teacher=None if self._spec.support_size == 0 else _unscored(generation),
+                    teacher=_unscored(generation) if with_support and self._spec.support_size != 0 else None,
                 )
                 for (prompt, index), generation, text in zip(asked, generations, texts, strict=True)
             ]

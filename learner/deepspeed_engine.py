@@ -23,11 +23,14 @@ from transformers.utils import logging as transformers_logging
 
 from actors.head import Head
 from actors.tokenizer import load_tokenizer
-from learner.config import LearnerSection
+from learner import attention
+from learner.config import LearnerSection, PolicyGradientObjective
 from learner.errors import NonFiniteLossError
 from learner.learning_rate import learning_rate_factor
-from learner.losses import Loss, LossInputs, at_least_float32
+from learner.lora import PublishedWeight, add_adapters, published_weights
+from learner.losses import Loss
 from learner.micro_batches import MicroBatch
+from learner.policy_model import PolicyModel
 
 _TAG = "deepspeed"
 _FACTS = "learner.json"
@@ -46,9 +49,9 @@ class StepOutcome:
     """What an applied step was; the same on all ranks."""
 
     loss: float
-    """Mean over the training tokens of all ranks."""
+    """Sum over the tokens of all ranks of weight x loss, which is what the step makes smaller."""
     metrics: Mapping[str, float]
-    """Likewise."""
+    """Means over the training tokens of all ranks."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -79,7 +82,9 @@ class DeepSpeedEngine:
         device: where this rank computes.
 
     Raises:
-        ValueError: if the shared vocabulary is larger than the model's.
+        ValueError: if the shared vocabulary is larger than the model's, or the model cannot be computed in tiles
+            (`PolicyModel`) or adapted as the section says (`add_adapters`).
+        ImportError: if adapters are asked for without their library.
     """
 
     def __init__(
@@ -92,22 +97,10 @@ class DeepSpeedEngine:
         head: Head,
         device: torch.device,
     ) -> None:
-        transformers_logging.disable_progress_bar()
-        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, section.dtype))
-        if head.vocab_size is not None and head.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the shared vocabulary has {head.vocab_size} ids, but the logits of {model_folder} are "
-                f"{model.config.vocab_size} wide"
-            )
-        model.to(device)
-        model.train()
-        if section.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._model, policy = _load_policy(model_folder, section, head, device)
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=section.learning_rate,
-            betas=section.adam_betas,
-            weight_decay=section.weight_decay,
+            trained, lr=section.learning_rate, betas=section.adam_betas, weight_decay=section.weight_decay
         )
         factor = partial(
             learning_rate_factor,
@@ -115,21 +108,28 @@ class DeepSpeedEngine:
             warmup_steps=section.warmup_steps,
             num_steps=num_steps,
         )
-        num_parameters = sum(p.numel() for p in model.parameters())
+        # ZeRO-3 takes the weights apart, and their shapes with them.
+        num_parameters = sum(p.numel() for p in self._model.parameters())
+        logits_width = len(policy.token_loss.weight)
         self._engine, *_ = deepspeed.initialize(
-            model=model,
+            model=policy,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-            config=_deepspeed_config(section, num_micro_batches, num_parameters, model.config.hidden_size),
+            config=_deepspeed_config(section, num_micro_batches, num_parameters, self._model.config.hidden_size),
             dist_init_required=False,
         )
-        self._model = model
+        self._logits_width = logits_width
         self._section = section
         self._head = head
         self._num_micro_batches = num_micro_batches
         self._device = device
         self._rank = torch.distributed.get_rank()
         self._policy_version = 0
+
+    @property
+    def logits_width(self) -> int:
+        """How many ids the model's logits are over."""
+        return self._logits_width
 
     @property
     def policy_version(self) -> int:
@@ -139,50 +139,56 @@ class DeepSpeedEngine:
     def step(self, micro_batches: Sequence[MicroBatch], *, loss: Loss, num_tokens: int) -> StepOutcome:
         """Take one optimizer step on this rank's micro-batches.
 
-        The gradient applied, before clipping, is that of the sum of all ranks' per-token losses over `num_tokens`.
+        The gradient applied, before clipping, is that of the sum over all ranks' tokens of weight x loss.
+
+        Args:
+            micro_batches: of this rank.
+            loss: of this step.
+            num_tokens: that train, of all ranks; metrics are divided by it.
 
         Raises:
             NonFiniteLossError: on all ranks, naming the rollouts of any rank whose loss was not finite. Neither weights
                 nor optimizer nor learning rate have changed, and the next step may be taken.
         """
         assert len(micro_batches) == self._num_micro_batches, f"{len(micro_batches)} micro-batches"
-        # DeepSpeed averages gradients over ranks.
-        scale = self._engine.world_size / num_tokens
         totals: dict[str, Tensor] = {}
-        row_losses = []
+        losses: list[Tensor] = []
         learning_rate = float(self._engine.get_lr()[0])
         for micro_batch in micro_batches:
-            outputs = loss(self._loss_inputs(micro_batch))
-            summed = outputs.per_token.sum()
+            # By keyword: DeepSpeed warns of positional arguments that it finds no tensors in.
+            total, per_token, metrics = self._engine(
+                micro_batch=micro_batch.to(self._device), loss=loss, tile_bytes=self._section.tile_mib * 2**20
+            )
             # A rank cannot leave the collectives of a step by itself. An infinite loss may have a finite gradient, so
             # it is made to spoil it: DeepSpeed then skips the step on all ranks and clears what was accumulated.
-            spoiler = torch.where(summed.detach().isfinite(), 1.0, torch.nan)
-            self._engine.backward(summed * scale * spoiler, scale_wrt_gas=False)
+            spoiler = torch.where(per_token.isfinite().all(), 1.0, torch.nan)
+            # DeepSpeed averages gradients over ranks.
+            self._engine.backward(total * self._engine.world_size * spoiler, scale_wrt_gas=False)
             self._engine.step()
-            row_losses.append(outputs.per_token.detach().sum(1))
-            for name, value in {"loss": summed.detach(), **outputs.metrics}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=self._device)) + value
+            losses.append(per_token)
+            for name, value in {"loss": total.detach(), **metrics}.items():
+                totals[name] = totals.get(name, torch.zeros((), device=self._device, dtype=torch.float64)) + value
         if not self._engine.was_step_applied():
-            raise NonFiniteLossError(self._describe_failure(micro_batches, row_losses))
+            raise self._failure(micro_batches, losses)
         self._policy_version += 1
-        sums = torch.stack(list(totals.values())).double()
+        sums = torch.stack(list(totals.values()))
         torch.distributed.all_reduce(sums)
         means = dict(zip(totals, (sums / num_tokens).tolist(), strict=True))
         return StepOutcome(
-            loss=means.pop("loss"),
+            loss=means.pop("loss") * num_tokens,
             metrics=means,
             grad_norm=float(self._engine.get_global_grad_norm()),
             learning_rate=learning_rate,
         )
 
     def gathered_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield all parameters in buckets of about that size, on rank 0; empty lists on the others.
+        """Yield all weights, with adapters merged in, in buckets of about that size, on rank 0; empty lists on others.
 
         All ranks must run through it. A bucket's tensors are only valid until the next one is asked for.
         """
         for bucket in self._buckets(bucket_bytes):
-            with self._gathered([parameter for _, parameter in bucket]):
-                yield [(name, parameter.detach()) for name, parameter in bucket] if self._rank == 0 else []
+            with self._gathered([parameter for weight in bucket for parameter in weight.parameters]):
+                yield [(weight.name, weight.tensor()) for weight in bucket] if self._rank == 0 else []
 
     def save(self, folder: str, client_state: Mapping[str, Any]) -> None:
         """Write weights, optimizer and schedule of all ranks, and the caller's own state, into a folder all share."""
@@ -190,13 +196,19 @@ class DeepSpeedEngine:
             Path(folder).mkdir(parents=True, exist_ok=True)
             facts = {**self._shape(), "policy_version": self._policy_version}
             (Path(folder) / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        self._engine.save_checkpoint(folder, tag=_TAG, client_state={"client_state": dict(client_state)})
+        self._engine.save_checkpoint(
+            folder,
+            tag=_TAG,
+            client_state={"client_state": dict(client_state)},
+            # With adapters all else is as in the student's folder.
+            exclude_frozen_parameters=self._section.lora is not None,
+        )
 
     def load(self, folder: str) -> dict[str, Any]:
         """Continue from a folder that `save` wrote, and return the caller's state.
 
         Raises:
-            ValueError: if it was written by another number of ranks, or another ZeRO stage or dtype.
+            ValueError: if it was written by another number of ranks, or with another ZeRO stage, dtype or adapters.
             FileNotFoundError: if no checkpoint is there.
         """
         path = Path(folder) / _FACTS
@@ -204,12 +216,12 @@ class DeepSpeedEngine:
             raise FileNotFoundError(f"a checkpoint of the learner must hold {_FACTS}, got none in {folder}")
         facts = json.loads(path.read_text(encoding="utf-8"))
         for name, value in self._shape().items():
-            if facts[name] != value:
+            if facts.get(name) != value:
                 raise ValueError(
-                    f"learner.{name} must be as it was when the checkpoint was written, {facts[name]!r}, got {value!r} "
-                    f"({folder})"
+                    f"learner.{name} must be as it was when the checkpoint was written, {facts.get(name)!r}, got "
+                    f"{value!r} ({folder})"
                 )
-        found, state = self._engine.load_checkpoint(folder, tag=_TAG)
+        found, state = self._engine.load_checkpoint(folder, tag=_TAG, load_module_strict=self._section.lora is None)
         if found is None:
             raise FileNotFoundError(f"a checkpoint of the learner must hold {_TAG}/, got none in {folder}")
         self._policy_version = int(facts["policy_version"])
@@ -239,61 +251,44 @@ class DeepSpeedEngine:
             "world_size": self._engine.world_size,
             "zero_stage": self._section.zero_stage,
             "dtype": self._section.dtype,
+            "lora": None if self._section.lora is None else self._section.lora.model_dump(mode="json"),
         }
 
-    def _loss_inputs(self, micro_batch: MicroBatch) -> LossInputs:
-        """Run the model on a micro-batch; logits are computed in its window only."""
-        batch = micro_batch.to(self._device)
-        logits = self._engine(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=batch.token_ids.shape[1],
-            use_cache=False,
-        ).logits
-        return LossInputs(
-            logits=self._head.scores(at_least_float32(logits)),
-            token_ids=batch.token_ids,
-            loss_mask=batch.loss_mask,
-            behaviour_logprobs=batch.behaviour_logprobs,
-            advantages=batch.advantages,
-            support_ids=batch.support_ids,
-            support_teacher_logprobs=batch.support_teacher_logprobs,
-            support_teacher_tails=batch.support_teacher_tails,
-        )
-
-    def _describe_failure(self, micro_batches: Sequence[MicroBatch], row_losses: Sequence[Tensor]) -> str:
-        """Return the error's message, with the rollouts of all ranks whose loss is not finite."""
-        mine = [
-            rollout
-            for micro_batch, losses in zip(micro_batches, row_losses, strict=True)
-            for rollout, finite in zip(micro_batch.rollouts, losses.isfinite().tolist(), strict=True)
-            if not finite
+    def _failure(self, micro_batches: Sequence[MicroBatch], losses: Sequence[Tensor]) -> NonFiniteLossError:
+        """Return the error, the same on all ranks, with the rollouts of all whose loss is not finite."""
+        refused = [
+            micro_batch.rollouts[place]
+            for micro_batch, per_token in zip(micro_batches, losses, strict=True)
+            for place in micro_batch.tokens.rollouts[~per_token.isfinite().cpu()].unique().tolist()
         ]
         everyones: list[list[tuple[str, int]]] = [[] for _ in range(self._engine.world_size)]
-        torch.distributed.all_gather_object(everyones, mine)
-        names = [f"{prompt_id}/{sample_index}" for rank in everyones for prompt_id, sample_index in rank]
+        torch.distributed.all_gather_object(everyones, refused)
+        rollouts = tuple(rollout for rank in everyones for rollout in rank)
+        names = [f"{prompt_id}/{sample_index}" for prompt_id, sample_index in rollouts]
         what = (
             f"the loss of prompt_id/sample_index {', '.join(names[:16])}"
             if names
             else "the gradient, of finite losses,"
         )
-        return (
+        return NonFiniteLossError(
             f"loss and gradient must be finite, but {what} was not; the step after version {self._policy_version} "
-            "was not applied"
+            "was not applied",
+            rollouts,
         )
 
-    def _buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-        """Yield named parameters in buckets; a parameter larger than the limit is a bucket of its own."""
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
+    def _buckets(self, bucket_bytes: int) -> Iterator[list[PublishedWeight]]:
+        """Yield all weights in buckets; a weight larger than the limit is a bucket of its own."""
+        bucket: list[PublishedWeight] = []
         filled = 0
-        for name, parameter in self._model.named_parameters():
+        for weight in published_weights(self._model):
+            parameter: Any = weight.parameters[0]
             # Under stage 3 a parameter that is not gathered has no elements of its own.
             num_elements = parameter.ds_numel if self._section.zero_stage == 3 else parameter.numel()
             num_bytes = num_elements * parameter.element_size()
             if bucket and filled + num_bytes > bucket_bytes:
                 yield bucket
                 bucket, filled = [], 0
-            bucket.append((name, parameter))
+            bucket.append(weight)
             filled += num_bytes
         if bucket:
             yield bucket
@@ -302,6 +297,34 @@ class DeepSpeedEngine:
         if self._section.zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+
+
+def _load_policy(
+    model_folder: str, section: LearnerSection, head: Head, device: torch.device
+) -> tuple[Any, PolicyModel]:
+    """Return the causal language model and what wraps it, with adapters and reference as the section has it."""
+    transformers_logging.disable_progress_bar()
+    attention.register()
+
+    def load() -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=getattr(torch, section.dtype), attn_implementation=attention.NAME
+        )
+        return model.to(device)
+
+    model = load()
+    if section.lora is not None:
+        add_adapters(model, section.lora)
+    policy = PolicyModel(model, head)
+    if isinstance(section.objective, PolicyGradientObjective) and section.objective.kl_coef > 0:
+        frozen = None
+        if section.lora is None:
+            frozen = PolicyModel(load().eval().requires_grad_(False), head)
+        policy.refer_to(frozen)
+    model.train()
+    if section.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, policy
 
 
 def _deepspeed_config(
@@ -317,8 +340,11 @@ def _deepspeed_config(
         "bf16": {"enabled": section.dtype == "bfloat16"},
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
+        # Else an offloaded optimizer would have to be DeepSpeed's own, which needs a compiler at run time.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": section.zero_stage,
+            "offload_optimizer": {"device": section.offload_optimizer},
             "reduce_bucket_size": bucket_size,
             "allgather_bucket_size": bucket_size,
             # Matrices are spread over the ranks, vectors (norms, biases) are not worth it.

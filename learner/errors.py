@@ -6,4 +6,17 @@ class LearnerError(RuntimeError):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or gradient was not finite: the step was not applied and the weights are as before."""
+    """A loss or gradient was not finite: the step was not applied and the weights are as before.
+
+    Args:
+        message: one sentence.
+        rollouts: (prompt_id, sample_index) of those whose loss was not finite; none if only the gradient was not.
+    """
+
+    def __init__(self, message: str, rollouts: tuple[tuple[str, int], ...] = ()) -> None:
+        super().__init__(message, rollouts)
+        self.message = message
+        self.rollouts = rollouts
+
+    def __str__(self) -> str:
+        return self.message

@@ -28,9 +28,12 @@ class LearnerGroup:
         section: the recipe's.
         model_folder: of the student, on a disk that all ranks see.
         rollouts_per_step: N of every batch.
-        num_steps: of the whole run, for the learning rate's schedule.
+        num_steps: of the whole run, for what changes over it.
         namespace: Ray namespace of the actors' names; one group of ranks to a namespace.
         head: how the sampler read the logits, and so does the loss.
+        signal: what the rollouts carry of the teacher: support, sampled, full or hidden.
+        teacher_folder: of the teacher, on a disk that all ranks see; for the signal `hidden` only.
+        teacher_dtype: of the teacher's weights where it computes its hidden states, "float32" or "bfloat16".
 
     Raises:
         ValueError: if N is not a multiple of world_size times micro_batch_size.
@@ -46,6 +49,9 @@ class LearnerGroup:
         num_steps: int,
         namespace: str,
         head: Head,
+        signal: str = "support",
+        teacher_folder: str | None = None,
+        teacher_dtype: str = "float32",
     ) -> None:
         if rollouts_per_step < 1 or rollouts_per_step % section.rollouts_per_round:
             raise ValueError(
@@ -75,6 +81,9 @@ class LearnerGroup:
                 rollouts_per_step=rollouts_per_step,
                 num_steps=num_steps,
                 head=head,
+                signal=signal,
+                teacher_folder=teacher_folder,
+                teacher_dtype=teacher_dtype,
             )
             for rank in range(section.world_size)
         ]

@@ -1,18 +1,22 @@
-"""Deals the rollouts of a step to ranks and micro-batches, and pads them into tensors.
+"""Deals the rollouts of a step to ranks and micro-batches, and lays them into tensors.
 
-Rollouts are dealt by length, so that those padded together are of about one length and all ranks have about the same
+Rollouts are dealt by length, so that those of one micro-batch are of about one length and all ranks have about the same
 work. Where a rollout lands depends on the lengths and their order alone, and the learned step does not depend on it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.experience import Rollout, TeacherScores
+from actors.experience import Rollout
+from learner.losses import Tokens
+
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,47 +26,50 @@ class TrainRow:
     rollout: Rollout
     advantage: float
     trains: bool
+    token_weight: float
+    """Of each of its tokens in the loss of the whole step."""
 
     @property
     def length(self) -> int:
         """Prompt and completion tokens."""
         return len(self.rollout.prompt.token_ids) + self.rollout.completion.num_tokens
 
+    @property
+    def num_training_tokens(self) -> int:
+        """How many of its tokens train: all of the completion or none."""
+        return self.rollout.completion.num_tokens if self.trains else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """B rollouts, padded on the right to L input tokens.
+    """Rollouts as the inputs of one forward pass, and the N tokens of theirs that train.
 
-    The completions lie in the last T input positions, the window: position t of the window holds the token that the
-    input position L - T + t predicts. Completions of rows with longer prompts begin later in the window.
+    Packed, all rollouts lie one after another in one row (R = 1); otherwise each has a row, padded on the right.
     """
 
     input_ids: Tensor
-    """[B, L] prompt and completion without the last token, which predicts nothing."""
-    attention_mask: Tensor
-    """[B, L] 1 at tokens, 0 at padding."""
-    token_ids: Tensor
-    """[B, T] the completion's tokens in the window, 0 elsewhere."""
-    loss_mask: Tensor
-    """[B, T] bool: True at the completion's tokens of rows that train."""
-    behaviour_logprobs: Tensor
-    """[B, T] nats; 0 outside the completion."""
-    advantages: Tensor
-    """[B]."""
-    support_ids: Tensor | None
-    """[B, T, K], or None if a row that trains has no teacher signal."""
-    support_teacher_logprobs: Tensor | None
-    """[B, T, K] nats, or None likewise."""
-    support_teacher_tails: Tensor | None
-    """[B, T] nats, the teacher's mass outside these ids, or None likewise."""
+    """[R, L] prompt and completion without the last token, which predicts nothing."""
+    position_ids: Tensor
+    """[R, L], from 0 in each rollout; 0 at padding."""
+    segments: tuple[tuple[int, ...], ...]
+    """[R] the lengths of the sequences in each row, padding left out."""
+    predictors: Tensor
+    """[N] int64, the place in the flattened [R * L] inputs that predicts each token."""
+    tokens: Tokens
+    """N tokens, rollout after rollout, in the order of `rollouts`."""
     rollouts: tuple[tuple[str, int], ...]
-    """[B] (prompt_id, sample_index), to name a rollout in an error."""
+    """(prompt_id, sample_index), which `tokens.rollouts` counts; to name a rollout in an error."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return MicroBatch(**moved)
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            segments=self.segments,
+            predictors=self.predictors.to(device),
+            tokens=self.tokens.to(device),
+            rollouts=self.rollouts,
+        )
 
 
 def deal_rows(lengths: Sequence[int], *, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
@@ -89,97 +96,125 @@ def deal_rows(lengths: Sequence[int], *, world_size: int, micro_batch_size: int)
     return [micro_batches[rank::world_size] for rank in range(world_size)]
 
 
-def build_micro_batch(rows: Sequence[TrainRow], *, support_size: int | None) -> MicroBatch:
-    """Return the padded tensors of some rows.
+def build_micro_batch(rows: Sequence[TrainRow], *, packing: bool, support_size: int | None) -> MicroBatch:
+    """Return the tensors of some rows; a row none of whose tokens trains is left out, unless nothing else is there.
 
     Args:
-        rows: B of them.
-        support_size: how many ids of each row's support to take; None for all.
+        rows: at least one.
+        packing: whether all lie in one row of inputs instead of a padded row each.
+        support_size: how many ids of each rollout's support to take, with the rest in the tail; None takes all as they
+            are, 0 none.
 
     Raises:
-        ValueError: for an empty prompt, whose first token nothing predicts, or supports of different sizes.
+        ValueError: for an empty prompt, whose first token nothing predicts, supports of different sizes, or a rollout
+            without the teacher's signal that others have.
     """
-    prompts = [np.asarray(row.rollout.prompt.token_ids, np.int64) for row in rows]
-    completions = [row.rollout.completion for row in rows]
-    for row, prompt in zip(rows, prompts, strict=True):
-        if len(prompt) == 0:
+    for row in rows:
+        if len(row.rollout.prompt.token_ids) == 0:
             raise ValueError(f"a prompt must have at least one token, got none in {row.rollout.prompt.prompt_id}")
-    shortest_prompt = min(len(prompt) for prompt in prompts)
-    # A window has at least one position, also where all completions are empty.
-    longest = max(shortest_prompt + 1, *(row.length for row in rows))
-    width = longest - shortest_prompt
-    starts = [len(prompt) - shortest_prompt for prompt in prompts]
-
-    input_ids = np.zeros((len(rows), longest - 1), np.int64)
-    attention_mask = np.zeros((len(rows), longest - 1), np.int64)
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens = np.concatenate([prompt, completion.token_ids])[:-1]
-        input_ids[i, : len(tokens)] = tokens
-        attention_mask[i, : len(tokens)] = 1
-
-    masks = [np.full(c.num_tokens, row.trains) for row, c in zip(rows, completions, strict=True)]
-    support_ids, support_teacher_logprobs, support_teacher_tails = _support(rows, starts, width, support_size)
+    # An empty forward pass would leave this rank out of the collectives of the others.
+    kept = [row for row in rows if row.num_training_tokens] or list(rows[:1])
+    inputs = [_inputs(row) for row in kept]
+    lengths = [len(ids) for ids in inputs]
+    num_columns = sum(lengths) if packing else max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(kept)) * num_columns
+    num_rows = 1 if packing else len(kept)
+    input_ids, position_ids = (np.zeros(num_rows * num_columns, np.int64) for _ in range(2))
+    for ids, start in zip(inputs, starts, strict=True):
+        input_ids[start : start + len(ids)] = ids
+        position_ids[start : start + len(ids)] = np.arange(len(ids))
+    predictors = [
+        start + len(row.rollout.prompt.token_ids) - 1 + np.arange(row.num_training_tokens)
+        for row, start in zip(kept, starts, strict=True)
+    ]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        token_ids=_in_window([c.token_ids for c in completions], starts, width, np.int64),
-        loss_mask=_in_window(masks, starts, width, np.bool_),
-        behaviour_logprobs=_in_window([c.behaviour_logprobs for c in completions], starts, width, np.float32),
-        advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
-        support_ids=support_ids,
-        support_teacher_logprobs=support_teacher_logprobs,
-        support_teacher_tails=support_teacher_tails,
-        rollouts=tuple((row.rollout.prompt.prompt_id, row.rollout.sample_index) for row in rows),
+        input_ids=torch.from_numpy(input_ids.reshape(num_rows, num_columns)),
+        position_ids=torch.from_numpy(position_ids.reshape(num_rows, num_columns)),
+        segments=(tuple(lengths),) if packing else tuple((length,) for length in lengths),
+        predictors=torch.from_numpy(np.concatenate(predictors).astype(np.int64)),
+        tokens=_tokens(kept, support_size),
+        rollouts=tuple((row.rollout.prompt.prompt_id, row.rollout.sample_index) for row in kept),
     )
 
 
-def _support(
-    rows: Sequence[TrainRow], starts: Sequence[int], width: int, support_size: int | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the teacher's support of the rows, ids and log-probs [B, T, K] and tails [B, T]; None where a row that
-    trains has none."""
-    ids: list[np.ndarray[Any, Any]] = []
-    logprobs: list[np.ndarray[Any, Any]] = []
-    tails: list[np.ndarray[Any, Any]] = []
-    for row in rows:
-        scores = row.rollout.teacher
-        if scores is not None and scores.teacher_logprobs is not None:
-            ids.append(scores.support_ids[:, :support_size])
-            logprobs.append(scores.teacher_logprobs[:, :support_size])
-            tails.append(_tail(scores, support_size))
-        elif row.trains:
-            return None, None, None
-        else:
-            ids.append(np.zeros((0, 0)))
-            logprobs.append(np.zeros((0, 0)))
-            tails.append(np.zeros(0))
-    sizes = {values.shape[1] for values in ids if len(values)}
+def _inputs(row: TrainRow) -> _Array:
+    """Return the ids that the model reads: all but the last, or a prompt's only one."""
+    ids = np.concatenate([np.asarray(row.rollout.prompt.token_ids, np.int64), row.rollout.completion.token_ids])
+    return ids[: max(1, len(ids) - 1)]
+
+
+def _tokens(rows: Sequence[TrainRow], support_size: int | None) -> Tokens:
+    """Return what is known of the tokens that train, row after row."""
+    counts = [row.num_training_tokens for row in rows]
+
+    def per_token(values: Callable[[TrainRow], _Array], dtype: Any) -> Tensor:
+        parts = [values(row)[:count] for row, count in zip(rows, counts, strict=True)]
+        return torch.from_numpy(np.concatenate(parts).astype(dtype))
+
+    def per_rollout(values: Sequence[float], dtype: Any) -> Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values, dtype), counts))
+
+    support = _support(rows, support_size)
+    return Tokens(
+        token_ids=per_token(lambda row: row.rollout.completion.token_ids, np.int64),
+        weights=per_rollout([row.token_weight for row in rows], np.float32),
+        rollouts=per_rollout(range(len(rows)), np.int64),
+        behaviour_logprobs=per_token(lambda row: row.rollout.completion.behaviour_logprobs, np.float32),
+        advantages=per_rollout([row.advantage for row in rows], np.float32),
+        support_ids=None if support is None else support[0],
+        support_teacher_logprobs=None if support is None else support[1],
+        support_teacher_tails=None if support is None else support[2],
+        teacher_hidden=_teacher_hidden(rows),
+    )
+
+
+def _support(rows: Sequence[TrainRow], support_size: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the teacher's support of all tokens, ids and log-probs [N, K] and tails [N]; None where no row has one."""
+    told = [
+        [values[: row.num_training_tokens] for values in row.rollout.learner_scores()]
+        for row in rows
+        if _is_scored(row.rollout)
+    ]
+    if support_size == 0 or not told:
+        return None
+    _all_or_none(len(told), len(rows), "the teacher's log-probs")
+    sizes = {ids.shape[1] for ids, _, _ in told}
     if len(sizes) > 1:
         raise ValueError(f"rollouts of one step must store supports of one size, got {sorted(sizes)}")
-    size = max(sizes, default=0)
+    ids = np.concatenate([ids[:, :support_size] for ids, _, _ in told])
+    logprobs = np.concatenate([logprobs[:, :support_size] for _, logprobs, _ in told])
+    tails = np.concatenate([_tail(logprobs, tails, support_size) for _, logprobs, tails in told])
     return (
-        _in_window(ids, starts, width, np.int64, size),
-        _in_window(logprobs, starts, width, np.float32, size),
-        _in_window(tails, starts, width, np.float32),
+        torch.from_numpy(ids.astype(np.int64)),
+        torch.from_numpy(logprobs.astype(np.float32)),
+        torch.from_numpy(tails.astype(np.float32)),
     )
 
 
-def _tail(scores: TeacherScores, support_size: int | None) -> np.ndarray[Any, Any]:
+def _is_scored(rollout: Rollout) -> bool:
+    scores = rollout.teacher
+    return rollout.learned is not None or (scores is not None and scores.teacher_logprobs is not None)
+
+
+def _tail(logprobs: _Array, tails: _Array, support_size: int | None) -> _Array:
     """Return [T], the teacher's log mass outside the first ids of the stored support."""
-    assert scores.teacher_logprobs is not None
-    assert scores.teacher_tail_logprobs is not None
     if support_size is None:
-        return scores.teacher_tail_logprobs
-    beyond = scores.teacher_logprobs[:, support_size:].astype(np.float64)
-    return np.asarray(np.logaddexp.reduce(np.concatenate([beyond, scores.teacher_tail_logprobs[:, None]], 1), axis=1))
+        return tails
+    beyond = logprobs[:, support_size:].astype(np.float64)
+    return np.asarray(np.logaddexp.reduce(np.concatenate([beyond, tails[:, None]], 1), axis=1))
 
 
-def _in_window(
-    rows: Sequence[np.ndarray[Any, Any]], starts: Sequence[int], width: int, dtype: Any, *inner: int
-) -> Tensor:
-    """Put arrays [T_i, *inner] at their starts in a window [B, T, *inner] of zeros."""
-    window = np.zeros((len(rows), width, *inner), dtype)
-    for i, (values, start) in enumerate(zip(rows, starts, strict=True)):
-        if len(values):
-            window[i, start : start + len(values)] = values
-    return torch.from_numpy(window)
+def _teacher_hidden(rows: Sequence[TrainRow]) -> Tensor | None:
+    """Return the teacher's hidden states [N, H] in the precision that they travelled in; None where no row has them."""
+    stored = [hidden[: row.num_training_tokens] for row in rows if (hidden := row.rollout.teacher_hidden) is not None]
+    if not stored:
+        return None
+    _all_or_none(len(stored), len(rows), "the teacher's hidden states")
+    values = torch.from_numpy(np.concatenate(stored))
+    # Arrow has no bfloat16, so these travel as the bits of one.
+    return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+
+
+def _all_or_none(num_having: int, num_rows: int, what: str) -> None:
+    if num_having < num_rows:
+        raise ValueError(f"all rollouts of a step must carry {what}, got {num_having} of {num_rows} with it")

@@ -14,11 +14,11 @@ from actors.head import Head
 from actors.weights import PolicyWeights, pack_bucket
 from learner.batcher import TrainBatch
 from learner.config import LearnerSection
-from learner.losses import ReverseKL, build_loss
 from learner.micro_batches import TrainRow, build_micro_batch, deal_rows
 
 if TYPE_CHECKING:
     from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.objective import LossPlan
 
 _BUCKET_BYTES = 256 * 2**20
 """Size of one object of published weights: large enough for few objects, small enough to hold two."""
@@ -31,7 +31,7 @@ class StepReport:
     policy_version: int
     """Optimizer steps applied so far, this one included."""
     loss: float
-    """Mean per token."""
+    """What the step makes smaller: the sum over its tokens of weight x loss."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -52,8 +52,11 @@ class LearnerRank:
         section: the recipe's.
         model_folder: of the student, on a disk that this rank's machine sees.
         rollouts_per_step: N of every batch.
-        num_steps: of the whole run, for the learning rate's schedule.
+        num_steps: of the whole run, for what changes over it.
         head: how the sampler read the logits, and so does the loss.
+        signal: what the rollouts carry of the teacher: support, sampled, full or hidden.
+        teacher_folder: of the teacher, on a disk that this rank's machine sees; for the signal `hidden` only.
+        teacher_dtype: of the teacher's weights where it computes its hidden states, "float32" or "bfloat16".
 
     Raises:
         ValueError: if N rollouts do not fill whole micro-batches on all ranks.
@@ -70,6 +73,9 @@ class LearnerRank:
         rollouts_per_step: int,
         num_steps: int,
         head: Head,
+        signal: str = "support",
+        teacher_folder: str | None = None,
+        teacher_dtype: str = "float32",
     ) -> None:
         torch.set_num_threads(section.threads)
         self._name = name
@@ -79,9 +85,11 @@ class LearnerRank:
         self._model_folder = model_folder
         self._num_micro_batches = rollouts_per_step // section.rollouts_per_round
         self._num_steps = num_steps
-        self._loss = build_loss(section.objective, temperature=head.temperature)
         self._head = head
+        self._signal = signal
+        self._teacher_folder, self._teacher_dtype = teacher_folder, teacher_dtype
         self._engine: DeepSpeedEngine | None = None
+        self._plan: LossPlan | None = None
 
     def __repr__(self) -> str:
         return self._name
@@ -106,6 +114,8 @@ class LearnerRank:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         # Imported here: it takes seconds, and the process that only creates this actor has no need of it.
         from learner.deepspeed_engine import DeepSpeedEngine, join_process_group
+        from learner.objective import LossPlan
+        from learner.policy_model import load_output_head
 
         device = torch.device("cuda" if self._section.num_gpus else "cpu")
         join_process_group(device)
@@ -116,6 +126,18 @@ class LearnerRank:
             num_steps=self._num_steps,
             head=self._head,
             device=device,
+        )
+        teacher_head = None
+        if self._signal == "hidden" and self._teacher_folder is not None:
+            dtype = getattr(torch, self._teacher_dtype)
+            teacher_head = load_output_head(self._teacher_folder, self._head, device=device, dtype=dtype)
+        self._plan = LossPlan(
+            self._section.objective,
+            num_steps=self._num_steps,
+            signal=self._signal,
+            temperature=self._head.temperature,
+            vocab_size=self._head.vocab_size or self._engine.logits_width,
+            teacher_head=teacher_head,
         )
 
     def step(self, batch: TrainBatch) -> StepReport:
@@ -131,9 +153,15 @@ class LearnerRank:
             world_size=self._world_size,
             micro_batch_size=self._section.micro_batch_size,
         )[self._rank]
-        size = self._loss.support_size if isinstance(self._loss, ReverseKL) else 0
-        micro_batches = [build_micro_batch([rows[i] for i in indices], support_size=size) for indices in mine]
-        outcome = self._connected.step(micro_batches, loss=self._loss, num_tokens=batch.num_tokens)
+        assert self._plan is not None, "connect() comes first"
+        micro_batches = [
+            build_micro_batch(
+                [rows[i] for i in indices], packing=self._section.packing, support_size=self._plan.support_size
+            )
+            for indices in mine
+        ]
+        loss = self._plan.at(batch.step)
+        outcome = self._connected.step(micro_batches, loss=loss, num_tokens=batch.num_tokens)
         return StepReport(
             policy_version=self._connected.policy_version,
             loss=outcome.loss,
@@ -175,6 +203,8 @@ class LearnerRank:
         """Read all shards, without copying their arrays, and join them with what the batcher decided."""
         rollouts = [rollout for shard in ray.get(list(batch.shards)) for rollout in rollouts_from_arrow(shard)]
         return [
-            TrainRow(rollout=rollout, advantage=float(advantage), trains=bool(trains))
-            for rollout, advantage, trains in zip(rollouts, batch.advantages, batch.trains, strict=True)
+            TrainRow(rollout=rollout, advantage=float(advantage), trains=bool(trains), token_weight=float(weight))
+            for rollout, advantage, trains, weight in zip(
+                rollouts, batch.advantages, batch.trains, batch.token_weights, strict=True
+            )
         ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.errors import RunError, UserError
-from orchestrator.models import check_models
+from orchestrator.models import check_models, has_config
 from orchestrator.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ def check(recipe: str, overrides: Sequence[str]) -> None:
     loaded = load_recipe(recipe, overrides)
     lines = check_models(loaded)
     _check_data(loaded)
+    if loaded.teachers is None or has_config(loaded.teachers.model):
+        from orchestrator.launch_plan import hints, with_planned_signal
+
+        loaded, planned = with_planned_signal(loaded)
+        lines += [*planned, *hints(loaded)]
     click.echo(json.dumps(loaded.model_dump(mode="json"), indent=2))
     for line in lines:
         click.echo(line, err=True)

@@ -10,19 +10,20 @@ Nothing waits in `request`; `take` waits for batch i. The caller requests batch 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayError
 
 from actors.behaviours import Behaviour, StudentAlone
 from actors.config import BlenderSection, ModelPoolSection
 from actors.engines.build import EngineSpec
-from actors.experience import LEARNED_COLUMNS
+from actors.experience import LEARNER_ONLY_COLUMNS
 from actors.failures import is_loss, root_cause
 from actors.head import Head
 from actors.pools import Pool
@@ -37,11 +38,14 @@ from actors.sampling import (
 )
 from actors.speculation import SideLostError
 from actors.weights import PolicyWeights
+from learner.batcher import groups_that_teach
 from orchestrator.cold_start import cold_start
+from orchestrator.dynamic_sampling import refill_size, refill_start, select
 from orchestrator.models import model_location
 from orchestrator.prompts import build_source
 from orchestrator.recipe import Recipe
 from orchestrator.schedules import behaviour_plan
+from orchestrator.teacher_signal import signal_spec
 from orchestrator.tokenization import PromptEncoder, shared_head
 from rewards.grader_actor import GraderActor
 
@@ -57,9 +61,13 @@ class Experience:
     shards: tuple[RolloutRef, ...]
     """Graded rollouts (actors/experience.py), owned by the queue."""
     learned: tuple[RolloutRef, ...]
-    """The part of each shard that is learned from (`LEARNED_COLUMNS`)."""
+    """What is learned from: the learner's columns of the groups that dynamic sampling keeps, of all without it."""
     summaries: tuple[pa.RecordBatch, ...]
-    """prompt_id, sample_index, reward, status and num_tokens of each row of the shards."""
+    """`rewards.grader_actor.summary` of each row of `learned`."""
+    padding: frozenset[str] = frozenset()
+    """prompt_ids of groups among them that teach nothing and only fill the batch up."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of dynamic sampling; empty without it."""
     num_retries: int
     """How often a shard had to be sampled again because an actor died."""
     sampling_s: float
@@ -82,6 +90,7 @@ class ExperienceQueue:
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         self._name, self._recipe = name, recipe
+        self._signal = signal_spec(recipe.distillation, recipe.rollouts.support_size)
         self._graders: Pool | None = None
         self._batches: dict[int, tuple[float, list[_Shard]]] = {}
         self._num_resent = 0
@@ -141,7 +150,11 @@ class ExperienceQueue:
     def take(self, index: int) -> Experience:
         """Wait for batch `index`, hand it over and forget it."""
         began, shards = self._batches.pop(index)
-        return self._collect(began, shards, self._sampler.sample)
+        section = self._recipe.rollouts.dynamic_sampling
+        self._num_resent = 0
+        if section is None:
+            return self._collect(began, self._all_finished(shards, self._sampler.sample))
+        return self._refilled(index, began, shards, section.max_refills)
 
     def evaluate(self, weights: PolicyWeights) -> Experience:
         """Sample the held-out prompts from the student alone, and grade them."""
@@ -154,7 +167,9 @@ class ExperienceQueue:
             max_new_tokens=rollouts.max_new_tokens,
         )
         began = time.monotonic()
-        return self._collect(began, self._send(job, self._sampler.sample_student), self._sampler.sample_student)
+        self._num_resent = 0
+        shards = self._send(job, self._sampler.sample_student)
+        return self._collect(began, self._all_finished(shards, self._sampler.sample_student))
 
     def close(self) -> None:
         """End samplers and graders."""
@@ -170,13 +185,41 @@ class ExperienceQueue:
         shards = []
         for i, (part, rollouts) in enumerate(zip(job.split(len(refs)), refs, strict=True)):
             grade = self._graders[i].grade.options(num_returns=3)
-            graded, learned, summary = grade.remote(rollouts, LEARNED_COLUMNS)
+            graded, learned, summary = grade.remote(rollouts, self._signal.learned_columns, LEARNER_ONLY_COLUMNS)
             shards.append(_Shard(job=part, graded=graded, learned=learned, summary=summary))
         return shards
 
-    def _collect(self, began: float, shards: Sequence[_Shard], sample: Any) -> Experience:
-        self._num_resent = 0
-        done = [piece for shard in shards for piece in self._finished(shard, sample)]
+    def _refilled(self, index: int, began: float, shards: Sequence[_Shard], max_refills: int) -> Experience:
+        """Sample other prompts for groups that teach nothing, under the same weights; keep those that teach."""
+        num_prompts, job = self._recipe.rollouts.prompts_per_step, shards[0].job
+        done, teaches = [], dict[str, bool]()
+        for refill in range(max_refills + 1):
+            pieces = self._all_finished(shards, self._sampler.sample)
+            done += pieces
+            teaches |= groups_that_teach([summary for _, summary in pieces])
+            if sum(teaches.values()) >= num_prompts or refill == max_refills:
+                break
+            start = refill_start(index, refill, max_refills=max_refills, num_prompts=num_prompts)
+            prompts = self._encoder.encode(self._source.training(start, refill_size(teaches, num_prompts)))
+            shards = self._send(replace(job, prompts=prompts), self._sampler.sample)
+        selection = select(teaches, num_prompts)
+        learned, summaries = _only(done, {*selection.learned, *selection.padding})
+        experience = self._collect(began, done)
+        return replace(
+            experience,
+            learned=learned,
+            summaries=summaries,
+            padding=frozenset(selection.padding),
+            sampling={
+                "sampling/refills": float(refill),
+                "sampling/groups": float(len(teaches)),
+                "sampling/groups_dropped": float(selection.num_dropped),
+                "sampling/groups_surplus": float(selection.num_surplus),
+                "sampling/groups_missing": float(len(selection.padding)),
+            },
+        )
+
+    def _collect(self, began: float, done: Sequence[tuple[_Shard, pa.RecordBatch]]) -> Experience:
         return Experience(
             shards=tuple(shard.graded for shard, _ in done),
             learned=tuple(shard.learned for shard, _ in done),
@@ -185,6 +228,9 @@ class ExperienceQueue:
             sampling_s=time.monotonic() - began,
             changeover_s=self._sampler.changeover_s,
         )
+
+    def _all_finished(self, shards: Sequence[_Shard], sample: Any) -> list[tuple[_Shard, pa.RecordBatch]]:
+        return [piece for shard in shards for piece in self._finished(shard, sample)]
 
     def _finished(self, shard: _Shard, sample: Any) -> list[tuple[_Shard, pa.RecordBatch]]:
         """Wait for a shard; sample it again where an actor died on the way. The draws are the same again."""
@@ -200,19 +246,36 @@ class ExperienceQueue:
             return [piece for part in again for piece in self._finished(part, sample)]
 
 
+def _only(
+    done: Sequence[tuple[_Shard, pa.RecordBatch]], prompt_ids: Collection[str]
+) -> tuple[tuple[RolloutRef, ...], tuple[pa.RecordBatch, ...]]:
+    """Return the learned parts and summaries of the rows with those prompts."""
+    learned, summaries = [], []
+    wanted = pa.array(sorted(prompt_ids), pa.string())
+    for shard, summary in done:
+        kept = pc.is_in(summary.column("prompt_id"), wanted)
+        if not pc.any(kept).as_py():
+            continue
+        summaries.append(summary.filter(kept))
+        all_kept = pc.all(kept).as_py()
+        learned.append(shard.learned if all_kept else ray.put(ray.get(shard.learned).filter(kept)))
+    return tuple(learned), tuple(summaries)
+
+
 def build_sampler(recipe: Recipe, head: Head) -> Sampler:
     """Return the sampler that the recipe describes."""
     student = _engine_spec(recipe, recipe.students, head)
     if recipe.teachers is None:
         return PlainSampler(recipe.students, student)
     teacher = _engine_spec(recipe, recipe.teachers, head)
-    plain = PlainSampler(recipe.students, student, recipe.teachers, teacher)
+    signal = signal_spec(recipe.distillation, recipe.rollouts.support_size)
+    plain = PlainSampler(recipe.students, student, recipe.teachers, teacher, signal)
     section = recipe.blending
     if not isinstance(section, BlenderSection) or isinstance(behaviour_plan(section, recipe.rollouts)(0), StudentAlone):
         return plain
     if section.layout == "one_engine":
-        return AnnealedSampler(OneEngineSampler(recipe.students, student, teacher.model, section), plain)
-    return AnnealedSampler(BlendedSampler(plain, section, student), plain)
+        return AnnealedSampler(OneEngineSampler(recipe.students, student, teacher.model, section, signal), plain)
+    return AnnealedSampler(BlendedSampler(plain, section, student, signal), plain)
 
 
 def _engine_spec(recipe: Recipe, pool: ModelPoolSection, head: Head) -> EngineSpec:

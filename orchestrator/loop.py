@@ -24,7 +24,7 @@ def train(run: "Run") -> None:
             run.queue.request(index, weights, run.behaviour(index))
         experience = run.queue.take(step)
         batch, grades = run.pack(step, experience)
-        report = run.learner.step(batch)
+        report = run.learn(step, batch, experience)
         weights = run.learner.publish()
         run.record(step, experience, grades, report)
         run.evaluator.run_if_due(step + 1, weights)

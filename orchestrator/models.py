@@ -65,6 +65,31 @@ def model_location(model: str) -> str:
     return str(Path(model).absolute())
 
 
+def has_config(model: str) -> bool:
+    """Whether `model_config` can be asked without a network."""
+    return _local_folder(model) is not None
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """Return a model's `config.json`, that of its language part where it has several; the model must be there.
+
+    Raises:
+        UserError: if it does not say how large its vocabulary and hidden states are.
+    """
+    if model.startswith("hub:"):
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(model.removeprefix("hub:"), "config.json"))
+    else:
+        file = Path(model_location(model)) / "config.json"
+    config = _read_json(file)
+    config = config.get("text_config", config)
+    for name in ("vocab_size", "hidden_size"):
+        if not isinstance(config.get(name), int):
+            raise UserError(f"{file}: must say {name} as a whole number, got {config.get(name)!r}")
+    return dict(config)
+
+
 def located(recipe: Recipe) -> Recipe:
     """Return the recipe with its models named by what `from_pretrained` takes, for processes with another home."""
     pools = {"students": recipe.students, "teachers": recipe.teachers}

@@ -16,7 +16,7 @@ from actors.config import (
     RolloutsSection,
     TorchEngineSection,
 )
-from learner.config import LearnerSection
+from learner.config import DistillationObjective, DistillationSection, LearnerSection, PolicyGradientObjective
 from orchestrator import plain_yaml
 from orchestrator.config import (
     CheckpointsSection,
@@ -63,11 +63,20 @@ class Recipe(Section):
     cluster: ClusterSection = ClusterSection()
     """The Ray cluster."""
 
+    @property
+    def distillation(self) -> DistillationSection | None:
+        """How the teacher enters the loss; none where it does not."""
+        objective = self.learner.objective
+        return objective if isinstance(objective, DistillationObjective) else objective.distillation
+
     @model_validator(mode="after")
     def distillation_needs_a_teacher(self) -> Self:
-        """Reverse KL and blending are relative to a teacher."""
-        if self.teachers is None and self.learner.objective.type == "reverse_kl":
-            raise ValueError("teachers.model must name a teacher, since learner.objective.type is reverse_kl; got none")
+        """Divergences and blends are relative to a teacher."""
+        if self.teachers is None and self.distillation is not None:
+            where = "" if self.learner.objective.type == "distillation" else ".distillation"
+            raise ValueError(
+                f"teachers.model must name a teacher, since learner.objective{where} distils one; got none"
+            )
         if self.teachers is None and isinstance(self.blending, BlenderSection):
             raise ValueError("teachers.model must name a teacher, since there is a blending section; got none")
         return self
@@ -75,11 +84,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def a_teacher_has_a_use(self) -> Self:
         """A teacher that nothing asks would only take memory."""
-        if (
-            self.teachers is not None
-            and not isinstance(self.blending, BlenderSection)
-            and self.learner.objective.type != "reverse_kl"
-        ):
+        if self.teachers is not None and not isinstance(self.blending, BlenderSection) and self.distillation is None:
             raise ValueError(
                 "teachers must be left out, since nothing uses it: learner.objective.type is "
                 f"{self.learner.objective.type} and there is no blending section"
@@ -89,11 +94,28 @@ class Recipe(Section):
     @model_validator(mode="after")
     def a_group_needs_two_rollouts(self) -> Self:
         """Group-relative advantages compare the completions of one prompt."""
-        if self.learner.objective.type == "policy_gradient" and self.rollouts.group_size < 2:
+        objective = self.learner.objective
+        if not isinstance(objective, PolicyGradientObjective) or self.rollouts.group_size >= 2:
+            return self
+        if (objective.advantage or objective.method) != "reinforce":
             raise ValueError(
-                f"rollouts.group_size must be at least 2, since learner.objective.method is "
-                f"{self.learner.objective.method} and compares the completions of one prompt; "
-                f"got {self.rollouts.group_size}"
+                f"rollouts.group_size must be at least 2, since learner.objective.method is {objective.method} and "
+                f"compares the completions of one prompt; got {self.rollouts.group_size}"
+            )
+        if self.rollouts.dynamic_sampling is not None:
+            raise ValueError(
+                "rollouts.group_size must be at least 2 where rollouts.dynamic_sampling asks whether the members of a "
+                f"group differ; got {self.rollouts.group_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def refills_are_of_rewards(self) -> Self:
+        """A distilled group always teaches something."""
+        if self.rollouts.dynamic_sampling is not None and self.learner.objective.type != "policy_gradient":
+            raise ValueError(
+                "rollouts.dynamic_sampling must be left out, since learner.objective.type is "
+                f"{self.learner.objective.type}, which learns from every group"
             )
         return self
 
@@ -111,9 +133,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def distillation_samples_at_temperature_one(self) -> Self:
         """The teacher's scores made while blending are the ones the loss uses, and the loss is at temperature 1."""
-        if self.learner.objective.type == "reverse_kl" and self.rollouts.temperature != 1.0:
+        if self.distillation is not None and self.rollouts.temperature != 1.0:
             raise ValueError(
-                "rollouts.temperature must be 1.0 when learner.objective.type is reverse_kl, got "
+                "rollouts.temperature must be 1.0 where a teacher is distilled, got "
                 f"{self.rollouts.temperature}; blending: {{type: temperature_warmup}} warms up at another one"
             )
         return self
@@ -151,14 +173,40 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def the_loss_has_its_support(self) -> Self:
-        """A loss over the student's top ids needs log-probs on at least as many."""
-        objective, shipped = self.learner.objective, self.rollouts.support_size
-        if objective.type == "reverse_kl" and shipped != "full":
-            wanted = objective.support_size
-            if wanted == "full" or wanted > shipped:
-                raise ValueError(
-                    f"rollouts.support_size must be at least learner.objective.support_size ({wanted}), got {shipped}"
-                )
+        """A loss over the student's likeliest ids, and a blend, need log-probs on at least as many."""
+        section, kept = self.distillation, self.rollouts.support_size
+        if kept == "full":
+            return self
+        if isinstance(self.blending, BlenderSection) and kept == 0:
+            raise ValueError("rollouts.support_size must be at least 1 while two models are blended, got 0")
+        if section is None or section.signal in ("hidden", "sampled", "full"):
+            return self
+        name = (
+            "learner.objective" if self.learner.objective.type == "distillation" else "learner.objective.distillation"
+        )
+        if section.support != "teacher" and section.support_size > kept:
+            raise ValueError(
+                f"rollouts.support_size must be at least {name}.support_size ({section.support_size}), got {kept}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_engine_can_tell_the_signal(self) -> Self:
+        """vLLM hands out log-probs at requested ids, and nothing else of the teacher."""
+        section = self.distillation
+        if section is None or self.engine.type != "vllm":
+            return self
+        if section.signal == "full" and self.rollouts.support_size != "full":
+            raise ValueError(
+                "rollouts.support_size must be full where the teacher's signal is full and engine is vllm, got "
+                f"{self.rollouts.support_size}"
+            )
+        if section.signal == "hidden" or (section.signal == "support" and section.support != "student"):
+            asked = "signal hidden" if section.signal == "hidden" else f"support {section.support}"
+            raise ValueError(
+                f"engine must be torch where the teacher's signal is more than log-probs at the student's ids "
+                f"({asked}), got vllm"
+            )
         return self
 
     @model_validator(mode="after")

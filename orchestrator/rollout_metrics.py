@@ -48,12 +48,10 @@ def _blend_metrics(table: pa.Table) -> dict[str, float]:
     divergence, to_teacher = _flat(table, "divergence"), _flat(table, "teacher_divergence")
     if np.isnan(divergence).any():  # drawn from a law made of the student alone, of which no divergence is known
         return {}
-    finite = np.isfinite(to_teacher)
-    metrics = {
-        "blend/divergence": _mean(divergence),
-        "blend/accepted": _mean(_flat(table, "accepted")),
-        "blend/teacher_forbids": 1 - _mean(finite),
-    }
+    metrics = {"blend/divergence": _mean(divergence), "blend/accepted": _mean(_flat(table, "accepted"))}
+    known, finite = ~np.isnan(to_teacher), np.isfinite(to_teacher)
+    if known.any():
+        metrics["blend/teacher_forbids"] = 1 - _mean(finite[known])
     if finite.any():
         metrics["blend/teacher_divergence"] = _mean(to_teacher[finite])
     if not np.isnan(beta).any():

@@ -13,7 +13,7 @@ from actors.behaviours import Behaviour, StudentAlone
 from actors.head import Head
 from actors.weights import PolicyWeights
 from learner.batcher import Batcher, TrainBatch
-from learner.config import PolicyGradientObjective
+from learner.errors import NonFiniteLossError
 from learner.group import LearnerGroup
 from learner.rank import StepReport
 from orchestrator.checkpoints import Checkpoints
@@ -21,6 +21,7 @@ from orchestrator.cluster import check_room, connected
 from orchestrator.evaluation import Evaluation, evaluate
 from orchestrator.experience_queue import Experience, ExperienceQueue
 from orchestrator.interruption import Interruption
+from orchestrator.launch_plan import hints, with_planned_signal
 from orchestrator.models import check_models, located, make_models, model_location
 from orchestrator.progress import Progress
 from orchestrator.recipe import Recipe
@@ -96,7 +97,8 @@ class Evaluator:
 
     def _evaluate(self, num_steps: int, weights: PolicyWeights) -> Evaluation:
         experience = self._queue.evaluate(weights)
-        shards = ray.get(list(experience.shards)) if self._recipe.teachers is not None else []
+        has_scores = self._recipe.teachers is not None and self._recipe.rollouts.support_size != 0
+        shards = ray.get(list(experience.shards)) if has_scores else []
         evaluation = evaluate(experience.summaries, self._recipe.evaluation.pass_at, shards)
         self._sinks.write_evaluation(num_steps, {**evaluation.metrics(), "time/evaluation_s": experience.sampling_s})
         summary = ", ".join(f"{name} {estimate}" for name, estimate in evaluation.estimates.items())
@@ -131,6 +133,9 @@ class Run:
             num_steps=recipe.training.num_steps,
             namespace=ray.get_runtime_context().namespace,
             head=self.queue.head,
+            signal="support" if recipe.distillation is None else recipe.distillation.signal,
+            teacher_folder=model_location(recipe.teachers.model) if recipe.teachers is not None else None,
+            teacher_dtype=recipe.engine.dtype,
         )
         self._closing.callback(self.learner.close)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoints, self.learner)
@@ -139,13 +144,13 @@ class Run:
         self._steps_taken = self.first_step
         self._requested = self.first_step
         self.behaviour = behaviour_plan(recipe.blending, recipe.rollouts)
-        self._batcher = Batcher(objective=recipe.learner.objective)
+        self._batcher = Batcher(objective=recipe.learner.objective, max_new_tokens=recipe.rollouts.max_new_tokens)
         self.sinks = Sinks(self.folder, self.folder.path.name, self.first_step)
         self._closing.callback(self.sinks.close)
         self.evaluator = Evaluator(recipe, self.queue, self.sinks, self.progress)
         self._changeover_told = resume and not self._blends(self.first_step)
         self.progress.say(f"actors ready in {time.monotonic() - began:.0f} s")
-        if recipe.teachers is not None and not resume:
+        if recipe.teachers is not None and recipe.rollouts.support_size != 0 and not resume:
             self.progress.say(self.queue.compare_models(PolicyWeights(policy_version=0, buckets=())))
 
     def steps(self) -> Iterator[int]:
@@ -163,14 +168,20 @@ class Run:
             self._requested += 1
 
     def pack(self, step: int, experience: Experience) -> tuple[TrainBatch, Mapping[str, float]]:
-        """Return the batch of a step and the metrics of its grades.
+        """Return the batch of a step and the metrics of its grades."""
+        batch, metrics = self._batcher.pack(
+            step, experience.learned, experience.summaries, blended=self._blends(step), padding=experience.padding
+        )
+        return batch, {**metrics, **experience.sampling}
 
-        While a batch was sampled from mu its pass rate is mu's and not the student's, so no focal weight is applied.
-        """
-        batcher, objective = self._batcher, self.recipe.learner.objective
-        if isinstance(objective, PolicyGradientObjective) and self._blends(step):
-            batcher = Batcher(objective=objective.model_copy(update={"focal_gamma": 0.0}))
-        return batcher.pack(step, experience.learned, experience.summaries)
+    def learn(self, step: int, batch: TrainBatch, experience: Experience) -> StepReport:
+        """Take the optimizer step; where a loss or gradient is not finite, write down which rollouts it was."""
+        try:
+            return self.learner.step(batch)
+        except NonFiniteLossError as error:
+            self.folder.write_rollouts(step, ray.get(list(experience.shards)))
+            file = self.folder.write_refused(step, str(error), error.rollouts)
+            raise NonFiniteLossError(f"{error}; {file} lists them", error.rollouts) from error
 
     def record(self, step: int, experience: Experience, grades: Mapping[str, float], report: StepReport) -> None:
         """Write down a step: rollouts, metrics, progress."""
@@ -225,6 +236,9 @@ def started(
         for line in check_models(recipe):
             progress.say(line)
         make_models(recipe.students.model, *([recipe.teachers.model] if recipe.teachers else []))
+        recipe, lines = with_planned_signal(recipe)
+        for line in (*lines, *hints(recipe)):
+            progress.say(line)
         with connected(recipe.cluster, f"tutelage-{folder.path.name}", log_to_driver=False) as dashboard:
             if dashboard:
                 progress.say(f"dashboard: http://{dashboard}")

@@ -30,6 +30,7 @@ class RunFolder:
     - `metrics.jsonl`: one object per step; `evaluations.jsonl`: one per evaluation;
     - `tensorboard/`: the same as events;
     - `rollouts/step_000000.parquet`: every rollout of a step, a row each (actors/experience.py);
+    - `refused/step_000000.json`: the rollouts for whose sake a step was not applied, if there ever was one;
     - `checkpoints/step_000050/`: `model/` (a Hugging Face folder), the optimizer's state, `state.json`.
     """
 
@@ -97,6 +98,14 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """A folder per checkpoint."""
         return self.path / "checkpoints"
+
+    def write_refused(self, step: int, reason: str, rollouts: Sequence[tuple[str, int]]) -> Path:
+        """Write down a step that was not applied, and whose fault it was; return the file."""
+        name = f"refused/step_{step:06d}.json"
+        (self.path / "refused").mkdir(exist_ok=True)
+        offenders = [{"prompt_id": prompt_id, "sample_index": index} for prompt_id, index in rollouts]
+        self.write_json(name, {"step": step, "reason": reason, "rollouts": offenders})
+        return self.path / name
 
     def write_rollouts(self, step: int, shards: Sequence[pa.RecordBatch]) -> None:
         """Write a step's rollouts as one Parquet file, whole or not at all."""

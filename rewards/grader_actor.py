@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,10 +26,24 @@ def with_grades(batch: pa.RecordBatch, grades: Sequence[Grade]) -> pa.RecordBatc
 
 
 def summary(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return what a scheduler needs of graded rollouts: prompt_id, sample_index, reward, status and num_tokens (T)."""
-    columns = {name: batch.column(name) for name in ("prompt_id", "sample_index", "reward", "status")}
+    """Return what a scheduler needs of graded rollouts.
+
+    The columns prompt_id, sample_index, reward, status and finish_reason as they are; num_tokens (T); mean_logprob
+    (float32, nats per token): the mean over the completion of student_logprobs, 0 for an empty one.
+    """
+    columns = {name: batch.column(name) for name in ("prompt_id", "sample_index", "reward", "status", "finish_reason")}
     columns["num_tokens"] = pc.list_value_length(batch.column("token_ids"))
+    columns["mean_logprob"] = pa.array(_means(batch.column("student_logprobs")), pa.float32())
     return pa.RecordBatch.from_pydict(columns)
+
+
+def _means(lists: pa.ListArray) -> npt.NDArray[np.float64]:
+    """Return the mean of each list; 0 of an empty one and of none."""
+    num_values = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    rows = np.repeat(np.arange(len(lists)), num_values)
+    sums = np.bincount(rows, weights=lists.flatten().to_numpy(), minlength=len(lists))
+    means: npt.NDArray[np.float64] = sums / num_values.clip(min=1)
+    return means
 
 
 def with_only(batch: pa.RecordBatch, columns: Collection[str]) -> pa.RecordBatch:
@@ -54,7 +70,7 @@ class GraderActor:
         return self._name
 
     def grade(
-        self, batch: pa.RecordBatch, learned: Collection[str] = ()
+        self, batch: pa.RecordBatch, learned: Collection[str] = (), learner_only: Collection[str] = ()
     ) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch]:
         """Return the batch with its grades, the part of it that is learned from, and its `summary`.
 
@@ -64,13 +80,15 @@ class GraderActor:
             batch: has the columns text, task and reference to read, the four of `with_grades` to fill, and those of
                 `summary`.
             learned: the columns of the learned part.
+            learner_only: columns that the first of the three is returned without.
 
         Raises:
             ValueError: if no grader judges a rollout's task.
         """
         columns = (batch.column(name).to_pylist() for name in ("text", "task", "reference"))
         graded = with_grades(batch, self._graders.grade(list(zip(*columns, strict=True))))
-        return graded, with_only(graded, learned), summary(graded)
+        kept = graded.select([name for name in graded.schema.names if name not in learner_only])
+        return kept, with_only(graded, learned), summary(graded)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -15,6 +15,8 @@ from actors.head import PLAIN, Decoding
 if TYPE_CHECKING:
     import torch
 
+    from actors.teacher_signal import SignalSpec
+
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
@@ -117,6 +119,18 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """One model's log-probs, in nats, on some ids at each of T positions of a completion."""
+
+    ids: Ints | None
+    """[T, K], all different at each position; None where they are all ids in the vocabulary's order."""
+    logprobs: Floats
+    """[T, K]."""
+    tail_logprobs: Floats | None
+    """[T] log mass outside the ids; None where nothing is outside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """One completion that an engine sampled by itself; T tokens."""
 
@@ -163,8 +177,13 @@ class Engine(Protocol):
     def policy_version(self) -> int:
         """Version of the weights that the next token will be drawn from."""
 
-    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
-        """Sample every request to its end, as many at once as the engine can; a place that is free is filled."""
+    def generate(
+        self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN, *, with_support: bool = True
+    ) -> list[Generation]:
+        """Sample every request to its end, as many at once as the engine can; a place that is free is filled.
+
+        Without a support, K is 0.
+        """
 
     def score_completions(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
@@ -176,6 +195,24 @@ class Engine(Protocol):
 
     def shutdown(self) -> None:
         """Free the model."""
+
+
+class TellingEngine(Engine, Protocol):
+    """Also tells more of finished completions than log-probs at ids that the caller knows."""
+
+    def score_beside(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[Ints],
+        support_ids: Sequence[Ints],
+        signal: "SignalSpec",
+    ) -> list[tuple[Scores, Support]]:
+        """Score as `score_completions` does, and return with each what the signal wants of the same laws."""
+
+    def last_hidden(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints]
+    ) -> list[Floats | npt.NDArray[np.uint16]]:
+        """Return the last hidden states [T, H] of which each completion's tokens are predicted."""
 
 
 class SequenceEngine(Engine, Protocol):

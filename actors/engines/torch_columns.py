@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.engines.protocol import Scores
+from actors.engines.protocol import Scores, Support
 from actors.random_numbers import sample_from_logprobs
+from actors.teacher_signal import SignalSpec
 
 _COLUMN_ELEMENTS = 1 << 18
 """Log-probs that are gathered from together: several steps of a small model, one of a large."""
@@ -79,6 +81,38 @@ def gathered(logprobs: Tensor, token_ids: Tensor, support_ids: Tensor) -> Scores
         support_logprobs=logprobs.gather(-1, support_ids).cpu().numpy(),
         tail_logprobs=torch.logsumexp(outside, dim=-1).cpu().numpy(),
     )
+
+
+def beside(logprobs: Tensor, support_ids: Tensor, signal: SignalSpec) -> Support:
+    """Gather from [n, V] log-probs what the signal wants of them, all of it without gradients.
+
+    Args:
+        logprobs: of the model that is asked.
+        support_ids: [n, K'] of another model, of which a `union` takes the first K.
+        signal: `full`, or a support other than the student's.
+    """
+    if signal.kind == "full":
+        return Support(ids=None, logprobs=logprobs.cpu().numpy(), tail_logprobs=None)
+    assert signal.support_size is not None
+    size, vocab_size = signal.support_size, logprobs.shape[-1]
+    taken = support_ids[:, : size if signal.support == "union" else 0]
+    # Of so many likeliest ids at most as many are taken as there are taken ones, so that enough are left.
+    likeliest = logprobs.topk(min(size + taken.shape[-1], vocab_size), dim=-1).indices
+    is_taken = (likeliest[..., None] == taken[:, None]).any(-1)
+    free_first = is_taken.to(torch.int8).argsort(dim=-1, stable=True)
+    free = likeliest.gather(-1, free_first[:, : min(size, vocab_size - taken.shape[-1])])
+    ids = torch.cat([taken, free], dim=-1)
+    scores = gathered(logprobs, ids[:, 0], ids)
+    return Support(
+        ids=ids.to(torch.int32).cpu().numpy(), logprobs=scores.support_logprobs, tail_logprobs=scores.tail_logprobs
+    )
+
+
+def bits(hidden: Tensor) -> npt.NDArray[Any]:
+    """Return states as float32, or the bits of bfloat16 as uint16, which numpy lacks."""
+    if hidden.dtype == torch.bfloat16:
+        return hidden.view(torch.int16).cpu().numpy().view(np.uint16)
+    return hidden.float().cpu().numpy()
 
 
 def _joined(tensors: Sequence[Any]) -> Tensor:

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.engines.errors import EngineError, LostSequenceError
-from actors.engines.protocol import Draft, Generation, Ints, Scores, SequenceRequest
+from actors.engines.protocol import Draft, Generation, Ints, Scores, SequenceRequest, Support
 from actors.engines.ragged_cache import ATTENTION, RaggedCache
-from actors.engines.torch_columns import Columns, gathered
+from actors.engines.torch_columns import Columns, beside, bits, gathered
 from actors.engines.torch_running import Running, uniforms_from
 from actors.head import PLAIN, Decoding, Head
 from actors.random_numbers import Purpose, prompt_keys, sample_from_logprobs
+from actors.teacher_signal import SignalSpec
 
 _SCORE_ELEMENTS = 1 << 25
 """Logits, tokens times vocabulary, that one forward of `score_completions` may have."""
@@ -72,6 +73,32 @@ class _Batch:
     def to_call(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Order [n, ...] values of the states as the call is."""
         return values if self.asked is None else values[self.asked]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Places:
+    """Finished texts as a padded batch, and where in it the n tokens of all completions are predicted."""
+
+    inputs: Tensor
+    """[B, longest] ids."""
+    rows: npt.NDArray[np.intp]
+    """[n]."""
+    predicting: npt.NDArray[np.intp]
+    """[n] positions."""
+    ends: npt.NDArray[np.intp]
+    """[B - 1] where the tokens of one completion end and those of the next begin."""
+
+    @classmethod
+    def of(cls, texts: Sequence[list[int]], sizes: Sequence[int]) -> "_Places":
+        """Place texts of which the last so many tokens are the completion."""
+        firsts = np.array([len(text) - size - 1 for text, size in zip(texts, sizes, strict=True)])
+        within = np.arange(sum(sizes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return cls(
+            inputs=_padded(texts),
+            rows=np.repeat(np.arange(len(texts)), sizes),
+            predicting=np.repeat(firsts, sizes) + within,
+            ends=np.cumsum(sizes)[:-1],
+        )
 
 
 class TorchEngine:
@@ -133,6 +160,7 @@ class TorchEngine:
         # Handles of an engine that died and was started again must not be taken for new ones.
         self._handles = count(int.from_bytes(os.urandom(6), "big"))
         self._policy_version = 0
+        self._head_is_known_to_be_plain = False
 
     @property
     def policy_version(self) -> int:
@@ -221,9 +249,11 @@ class TorchEngine:
                 state.row = row
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
+    def generate(
+        self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN, *, with_support: bool = True
+    ) -> list[Generation]:
         """Sample every request to its end; places of those that have ended are taken by the next."""
-        cache, columns = self._own_cache, Columns(self._support_size, self._vocab_size)
+        cache, columns = self._own_cache, Columns(self._support_size if with_support else 0, self._vocab_size)
         waiting = deque(i for i, r in enumerate(requests) if r.num_left > 0)
         reasons = ["length"] * len(requests)
         running = Running(self._seed, requests)
@@ -276,39 +306,87 @@ class TorchEngine:
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints], support_ids: Sequence[Ints]
     ) -> list[Scores]:
         """Score finished completions in batches of like length and bounded size, without a cache."""
+        return [scores for scores, _ in self._scored(prompts, completions, support_ids, None)]
+
+    @torch.inference_mode()
+    def score_beside(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[Ints],
+        support_ids: Sequence[Ints],
+        signal: SignalSpec,
+    ) -> list[tuple[Scores, Support]]:
+        """Score as `score_completions` does, and return with each what the signal wants of the same laws."""
+        told = self._scored(prompts, completions, support_ids, signal)
+        return [(scores, beside) for scores, beside in told if beside is not None]
+
+    @torch.inference_mode()
+    def last_hidden(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Ints]
+    ) -> list[npt.NDArray[np.float32] | npt.NDArray[np.uint16]]:
+        """Return [T, H] of each completion: what the output head makes the logits of its T tokens of.
+
+        They are float32, or the bits of bfloat16 as uint16 for weights of that type. No logit is computed.
+
+        Raises:
+            EngineError: if the model's logits are not its output head's product with them.
+        """
+        texts = [[*prompt, *completion.tolist()] for prompt, completion in zip(prompts, completions, strict=True)]
+        if not self._head_is_known_to_be_plain:
+            self._require_plain_head(_padded(texts[:1]).to(self._device))
+        told: dict[int, npt.NDArray[Any]] = {}
+        for chunk in _chunks([len(text) for text in texts], _PASS_TOKENS):
+            places = _Places.of([texts[i] for i in chunk], [len(completions[i]) for i in chunk])
+            hidden = self._body(places.inputs.to(self._device))
+            flat = hidden[self._ids(places.rows), self._ids(places.predicting)]
+            told.update(zip(chunk, np.split(bits(flat), places.ends), strict=True))
+        return [told[i] for i in range(len(texts))]
+
+    def _scored(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[Ints],
+        support_ids: Sequence[Ints],
+        signal: SignalSpec | None,
+    ) -> list[tuple[Scores, Support | None]]:
         texts = [[*prompt, *completion.tolist()] for prompt, completion in zip(prompts, completions, strict=True)]
         limit = min(_PASS_TOKENS, _SCORE_ELEMENTS // self._vocab_size)
-        scored: dict[int, Scores] = {}
+        scored: dict[int, tuple[Scores, Support | None]] = {}
         for chunk in _chunks([len(text) for text in texts], limit):
-            told = self._score_chunk(
-                [texts[i] for i in chunk], [completions[i] for i in chunk], [support_ids[i] for i in chunk]
+            places = _Places.of([texts[i] for i in chunk], [len(completions[i]) for i in chunk])
+            logprobs = self._logprobs_at(places)
+            ids, support = (
+                self._ids(np.concatenate([values[i] for i in chunk])) for values in (completions, support_ids)
             )
-            scored.update(zip(chunk, told, strict=True))
+            scores = _split_scores(gathered(logprobs, ids, support), places.ends)
+            besides: list[Any] = [None] * len(chunk)
+            if signal is not None:
+                besides = _split_support(beside(logprobs, support, signal), places.ends)
+            scored.update(zip(chunk, zip(scores, besides, strict=True), strict=True))
         return [scored[i] for i in range(len(texts))]
 
-    def _score_chunk(
-        self, texts: Sequence[list[int]], completions: Sequence[Ints], support_ids: Sequence[Ints]
-    ) -> list[Scores]:
-        lengths, sizes = [len(text) for text in texts], [len(completion) for completion in completions]
-        window = max(lengths) - min(length - size for length, size in zip(lengths, sizes, strict=True)) + 1
-        inputs = _padded(texts).to(self._device)
+    def _logprobs_at(self, places: "_Places") -> Tensor:
+        """Return [n, V] log-probs of all completions' tokens."""
+        width = places.inputs.shape[1]
+        first = int(places.predicting.min(initial=width - 1))
         # Causal attention: what is predicted within a text does not see the padding behind it.
-        logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=window).logits
-        starts = np.array(lengths) - np.array(sizes) - 1 - (max(lengths) - window)
-        rows = np.repeat(np.arange(len(texts)), sizes)
-        within = np.arange(sum(sizes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        flat = logits[self._ids(rows), self._ids(np.repeat(starts, sizes) + within)]
-        scores = gathered(
-            self._logprobs(flat), self._ids(np.concatenate(completions)), self._ids(np.concatenate(support_ids))
-        )
-        ends = np.cumsum(sizes)[:-1]
-        parts = [
-            np.split(column, ends) for column in (scores.token_logprobs, scores.support_logprobs, scores.tail_logprobs)
-        ]
-        return [
-            Scores(token_logprobs=tokens[None], support_logprobs=support[None], tail_logprobs=tail[None])
-            for tokens, support, tail in zip(*parts, strict=True)
-        ]
+        logits = self._model(
+            input_ids=places.inputs.to(self._device), use_cache=False, logits_to_keep=width - first
+        ).logits
+        return self._logprobs(logits[self._ids(places.rows), self._ids(places.predicting - first)])
+
+    def _body(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self._model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def _require_plain_head(self, inputs: Tensor) -> None:
+        logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=1).logits
+        if not torch.allclose(logits, self._model.get_output_embeddings()(self._body(inputs)[:, -1:])):
+            raise EngineError(
+                "the signal hidden needs a teacher whose logits are its output head times its last hidden state, "
+                f"{self._model.config.name_or_path} does more to them; choose the signal support or full"
+            )
+        self._head_is_known_to_be_plain = True
 
     @torch.inference_mode()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -391,6 +469,24 @@ class TorchEngine:
 
     def _ids(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._device)
+
+
+def _split_scores(scores: Scores, ends: npt.NDArray[np.intp]) -> list[Scores]:
+    columns = (scores.token_logprobs, scores.support_logprobs, scores.tail_logprobs)
+    return [
+        Scores(token_logprobs=tokens[None], support_logprobs=support[None], tail_logprobs=tail[None])
+        for tokens, support, tail in zip(*(np.split(column, ends) for column in columns), strict=True)
+    ]
+
+
+def _split_support(support: Support, ends: npt.NDArray[np.intp]) -> list[Support]:
+    columns: list[list[Any]] = [
+        [None] * (len(ends) + 1) if column is None else np.split(column, ends)
+        for column in (support.ids, support.logprobs, support.tail_logprobs)
+    ]
+    return [
+        Support(ids=ids, logprobs=logprobs, tail_logprobs=tails) for ids, logprobs, tails in zip(*columns, strict=True)
+    ]
 
 
 def _shared_vocabulary(head: Head, width: int, model: str) -> int:

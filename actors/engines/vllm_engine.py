@@ -103,8 +103,11 @@ class VllmEngine:
         """Tokens that went through the model so far; beyond those drafted and scored they were computed again."""
         return self._num_computed_tokens
 
-    def generate(self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN) -> list[Generation]:
+    def generate(
+        self, requests: Sequence[SequenceRequest], decoding: Decoding = PLAIN, *, with_support: bool = True
+    ) -> list[Generation]:
         """Sample every request to its end; only new tokens are returned, none where there is no room for any."""
+        told = slice(None) if with_support else slice(0)
         record = self._run(
             SampleJob(requests=requests, decoding=decoding),
             [_text(request) for request in requests],
@@ -117,9 +120,9 @@ class VllmEngine:
                 behaviour_logprobs=rows["behaviour_logprob"],
                 finish_reason=_finish_reason(rows, self._stop),
                 policy_versions=np.full(len(rows["token_id"]), self._policy_version, np.int32),
-                support_ids=rows["support_ids"].astype(np.int32),
-                support_logprobs=rows["support_logprobs"],
-                tail_logprobs=rows["tail_logprob"],
+                support_ids=rows["support_ids"][:, told].astype(np.int32),
+                support_logprobs=rows["support_logprobs"][:, told],
+                tail_logprobs=rows["tail_logprob"] if with_support else np.zeros_like(rows["tail_logprob"]),
             )
             for rows in _completions(record, requests, self._stop)
         ]

@@ -35,6 +35,8 @@ def test_a_math_grader_works_in_an_actor_and_close_ends_its_workers(ray_cluster:
             "task": ["math", "math", "math", "addition"],
             "reference": ["0.5", "1", "1", "12"],
             "token_ids": pa.array([[1], [1, 2], [], [3]], pa.list_(pa.int32())),
+            "student_logprobs": pa.array([[-1.0], [-1.0, -2.0], [], [-0.25]], pa.list_(pa.float32())),
+            "finish_reason": ["stop", "length", "stop", "stop"],
             "reward": pa.nulls(4, pa.float32()),
             "status": pa.nulls(4, pa.string()),
             "grade_detail": pa.nulls(4, pa.string()),
@@ -46,6 +48,7 @@ def test_a_math_grader_works_in_an_actor_and_close_ends_its_workers(ray_cluster:
     assert ray.get(summary).to_pydict() == {
         "prompt_id": ["p"] * 4, "sample_index": [0, 1, 2, 3], "reward": [1.0, 0.0, 0.0, 1.0],
         "status": ["correct", "timed_out", "wrong", "correct"], "num_tokens": [1, 2, 0, 1],
+        "finish_reason": ["stop", "length", "stop", "stop"], "mean_logprob": [-1.0, -1.5, 0.0, -0.25],
     }  # fmt: skip
     assert ray.get(graded).schema == ray.get(learned).schema == batch.schema
     assert ray.get(learned)["token_ids"] == batch["token_ids"]

@@ -9,11 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import METHODS, focal_weights, group_advantages
+from learner.advantages import (
+    METHODS,
+    focal_learning_rate_factor,
+    focal_weights,
+    group_advantages,
+    overlong_penalty,
+)
 
 Rewards = npt.NDArray[np.float64]
 
+COMPARING = ("dr_grpo", "grpo", "maxrl", "rloo")
+
 methods = st.sampled_from(sorted(METHODS))
+comparing = st.sampled_from(COMPARING)
 gammas = st.floats(0.0, 4.0)
 
 
@@ -33,14 +42,28 @@ def real_rewards(draw: st.DrawFn) -> Rewards:
     return np.array(flat).reshape(shape) / 8
 
 
-def plain(rewards: list[float], method: str, ddof: int) -> list[float]:
-    """The slow obvious twin, for one group of distinct rewards."""
+def mean_logprobs(rewards: Rewards) -> Rewards:
+    """[P, G] nats, all different."""
+    return -(1 + np.arange(rewards.size, dtype=np.float64).reshape(rewards.shape)) / 8
+
+
+def plain(rewards: list[float], method: str, ddof: int, logprobs: list[float]) -> list[float]:
+    """The slow obvious twin, for one group; a reward of 1/2 or more is correct."""
     n = len(rewards)
     mean = sum(rewards) / n
+    if method == "reinforce":
+        return rewards
+    if method == "ds_grpo":
+        base = plain(rewards, "grpo", 0, logprobs)
+        signs = [-1 if reward >= 0.5 else 1 for reward in rewards]
+        return [a + 0.05 * sign * nats for a, sign, nats in zip(base, signs, logprobs, strict=True)]
+    if len(set(rewards)) == 1 or (method == "maxrl" and max(rewards) <= 0):
+        return [0.0] * n
     if method == "rloo":
         return [r - (sum(rewards) - r) / (n - 1) for r in rewards]
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (n - ddof))
-    return [(r - mean) / (std + 1e-6) if method == "grpo" else r - mean for r in rewards]
+    divisor = {"grpo": std + 1e-6, "dr_grpo": 1.0, "maxrl": mean + 1e-6}[method]
+    return [(r - mean) / divisor for r in rewards]
 
 
 # Number correct of 8, focal weights at gamma 0.5 and 1, advantages of correct and wrong with population std and ddof 1.
@@ -72,18 +95,20 @@ def test_a_group_of_eight_has_the_golden_weights_and_advantages(
 
 @given(rewards=real_rewards(), method=methods, ddof=st.sampled_from([0, 1]))
 def test_each_method_is_its_plain_formula(rewards: Rewards, method: str, ddof: int) -> None:
-    advantages = group_advantages(rewards, method=method, std_ddof=ddof)
-    for row, actual in zip(rewards, advantages, strict=True):
-        expected = [0.0] * len(row) if len(set(row)) == 1 else plain(row.tolist(), method, ddof)
+    logprobs = mean_logprobs(rewards)
+    advantages = group_advantages(rewards, method=method, std_ddof=ddof, mean_logprobs=logprobs, correct_at=0.5)
+    for row, logprobs_of_row, actual in zip(rewards, logprobs, advantages, strict=True):
+        expected = plain(row.tolist(), method, ddof, logprobs_of_row.tolist())
         assert actual.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@given(rewards=real_rewards(), method=methods)
+@given(rewards=real_rewards(), method=comparing)
 def test_advantages_of_a_group_sum_to_zero(rewards: Rewards, method: str) -> None:
-    assert group_advantages(rewards, method=method).sum(1).abs().max() < 1e-9
+    advantages = group_advantages(rewards, method=method)
+    assert (advantages.sum(1).abs() <= 1e-9 * (1 + advantages.abs().amax(1))).all()
 
 
-@given(rewards=binary_rewards(), method=methods, gamma=gammas)
+@given(rewards=binary_rewards(), method=comparing, gamma=gammas)
 def test_focal_advantages_of_a_group_sum_to_zero(rewards: Rewards, method: str, gamma: float) -> None:
     assert group_advantages(rewards, method=method, focal_gamma=gamma).sum(1).abs().max() < 1e-9
 
@@ -92,28 +117,90 @@ def test_focal_advantages_of_a_group_sum_to_zero(rewards: Rewards, method: str, 
 def test_without_a_focal_weight_it_is_the_base_method_bit_for_bit(
     rewards: Rewards, method: str, dtype: torch.dtype
 ) -> None:
-    values = torch.tensor(rewards, dtype=dtype)
-    base = group_advantages(values, method=method)
+    values, logprobs = torch.tensor(rewards, dtype=dtype), mean_logprobs(rewards)
+    base = group_advantages(values, method=method, mean_logprobs=logprobs)
     assert base.dtype == dtype
-    assert torch.equal(group_advantages(values, method=method, focal_gamma=0.0), base)
+    assert torch.equal(group_advantages(values, method=method, focal_gamma=0.0, mean_logprobs=logprobs), base)
     assert torch.equal(base * focal_weights(values, focal_gamma=0.0)[:, None], base)
 
 
 @given(rewards=binary_rewards(), method=methods, gamma=st.floats(0.1, 4.0))
 def test_the_focal_weight_multiplies_the_finished_advantage(rewards: Rewards, method: str, gamma: float) -> None:
-    base = group_advantages(rewards, method=method)
+    logprobs = mean_logprobs(rewards)
+    base = group_advantages(rewards, method=method, mean_logprobs=logprobs)
     expected = base * torch.tensor((1 - rewards.mean(1)) ** gamma)[:, None]
-    assert torch.allclose(group_advantages(rewards, method=method, focal_gamma=gamma), expected, rtol=1e-12)
+    focal = group_advantages(rewards, method=method, focal_gamma=gamma, mean_logprobs=logprobs)
+    assert torch.allclose(focal, expected, rtol=1e-12)
 
 
 @given(rewards=binary_rewards(), method=methods, gamma=gammas, data=st.data())
 def test_permuting_a_group_permutes_its_advantages(
     rewards: Rewards, method: str, gamma: float, data: st.DataObject
 ) -> None:
-    order = data.draw(st.permutations(range(rewards.shape[1])))
-    advantages = group_advantages(rewards, method=method, focal_gamma=gamma)
-    permuted = group_advantages(rewards[:, order], method=method, focal_gamma=gamma)
+    order, logprobs = data.draw(st.permutations(range(rewards.shape[1]))), mean_logprobs(rewards)
+    advantages = group_advantages(rewards, method=method, focal_gamma=gamma, mean_logprobs=logprobs)
+    permuted = group_advantages(rewards[:, order], method=method, focal_gamma=gamma, mean_logprobs=logprobs[:, order])
     assert torch.allclose(permuted, advantages[:, order], rtol=1e-12, atol=1e-12)
+
+
+@given(rewards=binary_rewards(), gamma=st.floats(0.1, 4.0), data=st.data(), method=methods)
+def test_shaped_rewards_change_the_advantage_but_not_the_focal_weight(
+    rewards: Rewards, gamma: float, data: st.DataObject, method: str
+) -> None:
+    size = rewards.size
+    shaping = data.draw(st.lists(st.sampled_from([0.0, -0.25, -1.0]), min_size=size, max_size=size))
+    shaped, logprobs = rewards + np.array(shaping).reshape(rewards.shape), mean_logprobs(rewards)
+    base = group_advantages(shaped, method=method, outcomes=rewards, mean_logprobs=logprobs)
+    focal = group_advantages(shaped, method=method, outcomes=rewards, mean_logprobs=logprobs, focal_gamma=gamma)
+    weights = torch.tensor((1 - rewards.mean(1)) ** gamma)[:, None]
+    assert torch.allclose(focal, base * weights, rtol=1e-12)
+    if method == "dr_grpo":
+        assert torch.allclose(base, torch.tensor(shaped - shaped.mean(1, keepdims=True)), atol=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "correct"), [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])
+@pytest.mark.parametrize("num_correct", range(9))
+def test_maxrl_is_the_mean_over_successes_less_the_mean_over_all(
+    num_correct: int, wrong: float, correct: float
+) -> None:
+    """So sum_i A_i x_i / n is mean of x over correct ones less mean of x, whatever the rewards are worth."""
+    rewards = [[correct] * num_correct + [wrong] * (8 - num_correct)]
+    advantages = group_advantages(
+        np.array(rewards), method="maxrl", reward_wrong=wrong, reward_correct=correct, tiny=0.0
+    )
+    x = np.arange(8) ** 2
+    expected = x[:num_correct].mean() - x.mean() if num_correct else 0.0
+    assert (advantages[0].numpy() * x).mean() == pytest.approx(expected, abs=1e-12)
+
+
+def test_maxrl_divides_shaped_rewards_by_the_rate_of_success() -> None:
+    """A group in which only the shaping differs, but nothing is right, teaches nothing."""
+    outcomes, shaped = [[1.0, 0.0, 0.0, 0.0], [0.0] * 4], [[1.0, 0.0, 0.0, -1.0], [0.0, 0.0, 0.0, -1.0]]
+    advantages = group_advantages(shaped, method="maxrl", outcomes=outcomes, tiny=0.0)
+    assert advantages.tolist() == [[4.0, 0.0, 0.0, -4.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("correct_at", [None, -0.5])
+def test_a_lost_grade_is_not_taken_for_a_correct_one_where_those_are_worth_nothing(correct_at: float | None) -> None:
+    weights = focal_weights(
+        [[0.0, -1.0, math.nan]],
+        focal_gamma=1.0,
+        reward_wrong=-1.0,
+        reward_correct=0.0,
+        valid=[[True, True, False]],
+        correct_at=correct_at,
+    )
+    assert weights.tolist() == [0.5]
+
+
+def test_ds_grpo_has_an_advantage_in_a_group_of_equal_rewards_and_for_one_alone() -> None:
+    rewards, logprobs = [[1.0, 1.0], [0.0, 0.0]], [[-1.0, -3.0], [-1.0, -3.0]]
+    advantages = group_advantages(rewards, method="ds_grpo", mean_logprobs=logprobs, ds_coef=0.5)
+    assert advantages.tolist() == [[0.5, 1.5], [-0.5, -1.5]]
+    alone = group_advantages(
+        rewards, method="ds_grpo", mean_logprobs=logprobs, ds_coef=0.5, valid=[[True, False], [False, False]]
+    )
+    assert alone.tolist() == [[0.5, 0.0], [0.0, 0.0]]
 
 
 @given(rewards=binary_rewards(), gamma=gammas)
@@ -133,22 +220,31 @@ def test_focal_weights_do_not_depend_on_what_wrong_is_worth(rewards: Rewards, ga
     assert torch.equal(signed, weights)
 
 
+@given(rewards=real_rewards(), gamma=st.floats(0.1, 4.0), threshold=st.sampled_from([0.125, 0.5, 1.0]))
+def test_with_a_threshold_grades_are_correct_or_wrong(rewards: Rewards, gamma: float, threshold: float) -> None:
+    passed = (rewards >= threshold).astype(np.float64)
+    weights = focal_weights(rewards, focal_gamma=gamma, correct_at=threshold)
+    assert torch.equal(weights, focal_weights(passed, focal_gamma=gamma))
+    with pytest.raises(ValueError, match=r"correct_at must be above reward_wrong = 0.0 and at most"):
+        focal_weights(rewards, focal_gamma=gamma, correct_at=threshold - 1)
+
+
 @given(rewards=binary_rewards(), method=methods, gamma=gammas, data=st.data())
 def test_masking_a_member_is_removing_it(rewards: Rewards, method: str, gamma: float, data: st.DataObject) -> None:
-    num_rollouts = rewards.shape[1]
+    num_rollouts, logprobs = rewards.shape[1], mean_logprobs(rewards)
     kept = sorted(data.draw(st.sets(st.integers(0, num_rollouts - 1), min_size=2)))
     valid = np.zeros(rewards.shape, np.bool_)
     valid[:, kept] = True
     lost = np.where(valid, rewards, np.nan)
-    masked = group_advantages(lost, method=method, focal_gamma=gamma, valid=valid)
+    masked = group_advantages(lost, method=method, focal_gamma=gamma, valid=valid, mean_logprobs=logprobs)
     assert (masked[~torch.from_numpy(valid)] == 0).all()
-    removed = group_advantages(rewards[:, kept], method=method, focal_gamma=gamma)
+    removed = group_advantages(rewards[:, kept], method=method, focal_gamma=gamma, mean_logprobs=logprobs[:, kept])
     assert torch.allclose(masked[:, kept], removed, rtol=1e-12, atol=1e-12)
     weights = focal_weights(lost, focal_gamma=gamma, valid=valid)
     assert torch.equal(weights, focal_weights(rewards[:, kept], focal_gamma=gamma))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", COMPARING)
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1 / 3, -7.3])
 def test_a_group_of_equal_rewards_has_advantage_exactly_zero(method: str, reward: float) -> None:
     for dtype in (torch.float32, torch.float64):
@@ -157,12 +253,42 @@ def test_a_group_of_equal_rewards_has_advantage_exactly_zero(method: str, reward
             assert (group_advantages(rewards, method=method) == 0).all()
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", COMPARING)
 def test_a_group_with_fewer_than_two_valid_members_has_advantage_exactly_zero(method: str) -> None:
     valid = [[True, False, False], [False, False, False]]
     rewards = [[1.0, 0.0, math.nan], [math.inf, 1.0, 0.0]]
     assert (group_advantages(rewards, method=method, focal_gamma=0.5, valid=valid) == 0).all()
     assert focal_weights(rewards, focal_gamma=0.5, valid=valid).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 4.0])
+def test_the_learning_rate_factor_is_the_mean_weight_of_an_advantage(gamma: float) -> None:
+    """By u = sin(t)^2, under which sqrt(u (1 - u)) du is 2 sin(t)^2 cos(t)^2 dt; midpoints converge fast."""
+    t = (np.arange(2000) + 0.5) / 2000 * np.pi / 2
+    density = np.sin(t) ** 2 * np.cos(t) ** 2
+    expected = (np.cos(t) ** (2 * gamma) * density).sum() / density.sum()
+    assert focal_learning_rate_factor(gamma) == pytest.approx(expected, rel=1e-6)
+    if gamma in (0.5, 1.0, 2.0):
+        table = {0.5: 0.679, 1.0: 0.5, 2.0: 0.3125}
+        assert focal_learning_rate_factor(gamma) == pytest.approx(table[gamma], abs=5e-4)
+
+
+@given(max_new_tokens=st.integers(1, 40), data=st.data(), penalty=st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_completion_is_punished_for_its_last_tokens_only(
+    max_new_tokens: int, data: st.DataObject, penalty: float
+) -> None:
+    buffer_tokens = data.draw(st.integers(1, max_new_tokens))
+    lengths = np.arange(max_new_tokens + 2)
+    penalties = overlong_penalty(lengths, max_new_tokens=max_new_tokens, buffer_tokens=buffer_tokens, penalty=penalty)
+    free = max_new_tokens - buffer_tokens
+    assert (penalties[: free + 1] == 0).all()
+    assert (penalties[max_new_tokens:] == -penalty).all()
+    assert np.diff(penalties[free:-1]) == pytest.approx(-penalty / buffer_tokens)
+
+
+def test_a_buffer_longer_than_a_completion_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"from 1 to rollouts.max_new_tokens = 4, got 5"):
+        overlong_penalty(np.array([1]), max_new_tokens=4, buffer_tokens=5, penalty=1.0)
 
 
 def test_integers_and_lists_give_float32() -> None:
@@ -171,8 +297,9 @@ def test_integers_and_lists_give_float32() -> None:
     assert group_advantages(torch.empty(0, 4)).shape == (0, 4)
 
 
-def test_dr_grpo_takes_a_group_of_one() -> None:
+def test_methods_that_need_no_other_member_take_a_group_of_one() -> None:
     assert group_advantages([[1.0], [0.0]], method="dr_grpo").tolist() == [[0.0], [0.0]]
+    assert group_advantages([[1.0], [-2.0]], method="reinforce").tolist() == [[1.0], [-2.0]]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +309,12 @@ def test_dr_grpo_takes_a_group_of_one() -> None:
         ({"rewards": [[0.0, math.inf]]}, "inf in group 0, rollout 1"),
         ({"rewards": [[1.0]], "method": "grpo"}, "at least 2, got 1"),
         ({"rewards": [[1.0]], "method": "rloo"}, "at least 2, got 1"),
+        ({"rewards": [[1.0, 0.0]], "method": "ds_grpo"}, "ds_grpo needs mean_logprobs"),
+        (
+            {"rewards": [[1.0, 0.0]], "outcomes": [[1.0]]},
+            r"outcomes must have the rewards' shape \[1, 2\], got \[1, 1\]",
+        ),
+        ({"rewards": [[1.0, 0.0]], "mean_logprobs": [[math.nan, 0.0]]}, "mean_logprobs must be finite, got nan"),
         ({"rewards": [[1.0, 0.0]], "method": "gppo"}, "did you mean 'grpo'"),
         ({"rewards": [[1.0, 0.0]], "reward_wrong": 1.0}, "above reward_wrong, got 1.0 and 1.0"),
         ({"rewards": [[1.0, 0.0]], "focal_gamma": -0.5}, "focal_gamma must be a finite number >= 0, got -0.5"),

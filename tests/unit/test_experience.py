@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.engines.protocol import Support
 from actors.experience import (
+    LEARNER_ONLY_COLUMNS,
     BlendTrace,
     Completion,
     Prompt,
@@ -25,10 +28,18 @@ from actors.experience import (
 from rewards.grade import Grade, Status
 
 
+def hidden(rng: np.random.Generator, length: int, dtype: type) -> np.ndarray:  # type: ignore[type-arg]
+    """States of 5 numbers, or any bits that a bfloat16 may have."""
+    if dtype == np.uint16:
+        return rng.integers(0, 2**16, (length, 5)).astype(np.uint16)
+    return rng.standard_normal((length, 5)).astype(np.float32)
+
+
 @st.composite
 def rollouts(draw: st.DrawFn) -> list[Rollout]:
     """Rollouts of ragged lengths, each with or without blend, teacher and grade."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([np.float32, np.uint16]))
     made = []
     for index in range(draw(st.integers(0, 5))):
         length, size = int(rng.integers(1, 7)), 3
@@ -36,7 +47,7 @@ def rollouts(draw: st.DrawFn) -> list[Rollout]:
         def floats(*shape: int) -> np.ndarray:  # type: ignore[type-arg]
             return rng.standard_normal(shape).astype(np.float32)
 
-        scored, asked = draw(st.booleans()), draw(st.booleans())
+        scored, asked, told = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
         made.append(
             Rollout(
                 prompt=Prompt(prompt_id=f"p{index}", text=draw(st.text(max_size=6)), token_ids=tuple(range(index)),
@@ -59,6 +70,11 @@ def rollouts(draw: st.DrawFn) -> list[Rollout]:
                     teacher_tail_logprobs=floats(length) if asked else None,
                 ) if scored else None,
                 grade=Grade(reward=1.0, status=Status.CORRECT, detail="x") if draw(st.booleans()) else None,
+                learned=Support(
+                    ids=rng.integers(0, 9, (length, 2)).astype(np.int32) if draw(st.booleans()) else None,
+                    logprobs=floats(length, 2), tail_logprobs=floats(length) if draw(st.booleans()) else None,
+                ) if told else None,
+                teacher_hidden=hidden(rng, length, dtype) if told else None,
             )
         )  # fmt: skip
     return made
@@ -71,7 +87,7 @@ def leaves(value: object) -> Iterator[object]:
             yield name
             yield from leaves(getattr(value, name))
     else:
-        yield value.tolist() if isinstance(value, np.ndarray) else value
+        yield (value.dtype, value.tolist()) if isinstance(value, np.ndarray) else value
 
 
 @given(rollouts())
@@ -93,6 +109,41 @@ def test_arrays_read_back_are_views_and_not_copies(made: list[Rollout]) -> None:
         assert np.shares_memory(one.completion.token_ids, other.completion.token_ids)
         if one.teacher is not None and other.teacher is not None:
             assert np.shares_memory(one.teacher.support_ids, other.teacher.support_ids)
+        if one.teacher_hidden is not None and other.teacher_hidden is not None:
+            assert np.shares_memory(one.teacher_hidden, other.teacher_hidden)
+
+
+@given(rollouts())
+def test_a_batch_may_lack_what_only_a_learner_reads(made: list[Rollout]) -> None:
+    batch = rollouts_to_arrow(made)
+    written = batch.drop_columns(sorted(LEARNER_ONLY_COLUMNS))
+    assert not {"teacher_hidden", "learned_logprobs"} & set(written.schema.names)
+    expected = [replace(rollout, learned=None, teacher_hidden=None) for rollout in made]
+    assert [list(leaves(r)) for r in rollouts_from_arrow(written)] == [list(leaves(r)) for r in expected]
+
+
+@given(rollouts())
+def test_a_learner_hears_what_was_meant_for_it_before_what_was_measured(made: list[Rollout]) -> None:
+    for rollout in made:
+        told, scores = rollout.learned, rollout.teacher
+        if told is None and (scores is None or scores.teacher_logprobs is None):
+            with pytest.raises(ValueError, match="must carry a teacher's log-probs"):
+                rollout.learner_scores()
+            continue
+        ids, logprobs, tails = rollout.learner_scores()
+        assert ids.shape == logprobs.shape
+        assert tails.shape == logprobs.shape[:1]
+        if told is None:
+            assert scores is not None
+            assert ids is scores.support_ids
+            assert logprobs is scores.teacher_logprobs
+            assert tails is scores.teacher_tail_logprobs
+        else:
+            assert logprobs is told.logprobs
+            if told.ids is None:
+                assert (ids == np.arange(ids.shape[1])).all()
+            if told.tail_logprobs is None:
+                assert np.isneginf(tails).all()
 
 
 def test_requests_hold_each_prompt_group_size_times_side_by_side() -> None:

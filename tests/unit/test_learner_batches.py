@@ -1,13 +1,12 @@
-"""From grades and rollouts to what the ranks compute with: batcher, dealing, padding, learning rate, recipe section."""
+"""From rollouts to what the ranks compute with: dealing, padding, learning rate, recipe section."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,94 +14,9 @@ from pydantic import ValidationError
 
 from actors.experience import Completion, Prompt, Rollout, TeacherScores
 from actors.weights import WeightArray, pack_bucket
-from learner.advantages import focal_weights, group_advantages
-from learner.batcher import Batcher
-from learner.config import LearnerSection, PolicyGradientObjective, ReverseKLObjective
-from learner.errors import LearnerError
+from learner.config import LearnerSection
 from learner.learning_rate import learning_rate_factor
 from learner.micro_batches import TrainRow, build_micro_batch, deal_rows
-
-Row = tuple[str, int, float | None, str | None, int]
-
-
-def make_summary(rows: Sequence[Row]) -> pa.RecordBatch:
-    names = ["prompt_id", "sample_index", "reward", "status", "num_tokens"]
-    types = [pa.string(), pa.int32(), pa.float32(), pa.string(), pa.int32()]
-    columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), types, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, names=names)
-
-
-def shard() -> Any:
-    """A reference that nothing follows: packing only hands it on."""
-    return ray.ObjectRef.from_random()
-
-
-# Groups a and b are interleaved over two shards; b lost a member, c both.
-ROWS: list[list[Row]] = [
-    [("a", 0, 1.0, "correct", 3), ("b", 0, 0.0, "wrong", 5), ("a", 1, 0.0, "unparsable", 2)],
-    [("b", 1, 0.0, "timed_out", 7), ("b", 2, 1.0, "correct", 4), ("a", 2, 0.0, "wrong", 1)],
-    [("c", 0, 0.0, "crashed", 6), ("c", 1, None, None, 8)],
-]
-
-
-def test_a_rollout_without_a_verdict_does_not_train_and_leaves_its_group() -> None:
-    objective = PolicyGradientObjective(method="grpo", focal_gamma=1.0, reward_wrong=-1.0)
-    shards = [shard(), shard(), shard()]
-    batch, metrics = Batcher(objective=objective).pack(4, shards, [make_summary(rows) for rows in ROWS])
-    group_a = group_advantages([[1.0, -1.0, -1.0]], focal_gamma=1.0, reward_wrong=-1.0)[0].tolist()
-    group_b = group_advantages([[-1.0, 1.0]], focal_gamma=1.0, reward_wrong=-1.0)[0].tolist()
-    expected = [group_a[0], group_b[0], group_a[1], 0.0, group_b[1], group_a[2], 0.0, 0.0]
-    assert batch.step == 4
-    assert batch.shards == tuple(shards)
-    assert batch.advantages.tolist() == pytest.approx(expected, abs=1e-6)
-    assert batch.advantages.dtype == np.float32
-    assert batch.trains.tolist() == [True, True, True, False, True, True, False, False]
-    assert batch.num_tokens == 3 + 5 + 2 + 4 + 1
-    weights = [*focal_weights([[1.0, 0.0, 0.0], [1.0, 0.0, math.nan]], focal_gamma=1.0,
-                              valid=[[True] * 3, [True, True, False]]).tolist(), 1.0]  # fmt: skip
-    assert metrics == pytest.approx(
-        {
-            "reward/status/correct": 2,
-            "reward/status/wrong": 2,
-            "reward/status/unparsable": 1,
-            "reward/status/timed_out": 1,
-            "reward/status/crashed": 1,
-            "reward/status/ungraded": 1,
-            "reward/pass_rate": 2 / 5,
-            "reward/zero_variance_groups": 1 / 3,
-            "reward/focal_weight": sum(weights) / 3,
-            "advantage/abs_mean": sum(abs(value) for value in expected) / 5,
-        }
-    )
-
-
-def test_distillation_trains_every_rollout_and_asks_for_no_grade() -> None:
-    batch, metrics = Batcher(objective=ReverseKLObjective()).pack(0, [shard()], [make_summary(ROWS[2])])
-    assert batch.trains.tolist() == [True, True]
-    assert batch.advantages.tolist() == [0.0, 0.0]
-    assert batch.num_tokens == 14
-    assert metrics == {"reward/status/crashed": 1.0, "reward/status/ungraded": 1.0}
-
-
-def test_a_step_without_any_verdict_is_an_error_that_counts_what_came() -> None:
-    with pytest.raises(LearnerError, match=r"step 9 needs a completion to learn from, got none of 2 \(crashed 1, ung"):
-        Batcher(objective=PolicyGradientObjective()).pack(9, [shard()], [make_summary(ROWS[2])])
-
-
-@pytest.mark.parametrize("wrong", [0.0, -1.0, 0.1, 0.3])
-def test_grades_of_zero_and_one_are_exactly_the_rewards_of_the_recipe(wrong: float) -> None:
-    objective = PolicyGradientObjective(focal_gamma=0.5, reward_wrong=wrong, reward_correct=0.7)
-    batch, _ = Batcher(objective=objective).pack(0, [shard(), shard()], [make_summary(rows) for rows in ROWS[:2]])
-    assert np.isfinite(batch.advantages).all()
-
-
-def test_a_partial_grade_is_refused_with_a_focal_weight_and_interpolated_without() -> None:
-    rows = [("a", 0, 0.5, "correct", 1), ("a", 1, 0.0, "wrong", 1)]
-    with pytest.raises(ValueError, match=r"got 0.5 in group 0, rollout 0"):
-        Batcher(objective=PolicyGradientObjective()).pack(0, [shard()], [make_summary(rows)])
-    objective = PolicyGradientObjective(method="dr_grpo", focal_gamma=0.0, reward_wrong=-1.0)
-    batch, _ = Batcher(objective=objective).pack(0, [shard()], [make_summary(rows)])
-    assert batch.advantages.tolist() == [0.5, -0.5]
 
 
 @given(
@@ -150,30 +64,94 @@ def make_row(
         ),
         teacher=scores if scored else None,
     )
-    return TrainRow(rollout=rollout, advantage=0.5, trains=trains)
+    return TrainRow(rollout=rollout, advantage=0.5, trains=trains, token_weight=0.25)
 
 
-def test_the_window_holds_each_token_at_the_input_that_predicts_it() -> None:
-    rows = [make_row([1, 2, 3], [4, 5]), make_row([6], [7, 8, 9]), make_row([10, 11], [], trains=False)]
-    batch = build_micro_batch(rows, support_size=2)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 0], [10, 0, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch.token_ids.tolist() == [[0, 0, 4, 5], [7, 8, 9, 0], [0, 0, 0, 0]]
-    assert batch.loss_mask.tolist() == [[False, False, True, True], [True, True, True, False], [False] * 4]
-    assert batch.behaviour_logprobs.tolist() == [[0, 0, -1, -2], [-1, -2, -3, 0], [0, 0, 0, 0]]
-    assert batch.support_ids is not None
-    assert batch.support_teacher_logprobs is not None
-    assert batch.support_ids[0].tolist() == [[0, 0], [0, 0], [4, 5], [5, 6]]
-    assert batch.support_teacher_logprobs[1].tolist() == [[-14, -16], [-16, -18], [-18, -20], [0, 0]]
+def test_packed_rollouts_lie_one_after_another_and_predictors_point_at_what_reads_before_each_token() -> None:
+    rows = [make_row([1, 2, 3], [4, 5]), make_row([6], [7, 8, 9])]
+    batch = build_micro_batch(rows, packing=True, support_size=2)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 6, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.segments == ((4, 3),)
+    assert batch.predictors.tolist() == [2, 3, 4, 5, 6]
+    tokens = batch.tokens
+    assert tokens.token_ids.tolist() == [4, 5, 7, 8, 9]
+    assert tokens.rollouts.tolist() == [0, 0, 1, 1, 1]
+    assert tokens.weights.tolist() == [0.25] * 5
+    assert tokens.advantages.tolist() == [0.5] * 5
+    assert tokens.behaviour_logprobs.tolist() == [-1, -2, -1, -2, -3]
+    assert tokens.support_ids is not None
+    assert tokens.support_teacher_logprobs is not None
+    assert tokens.support_ids.tolist() == [[4, 5], [5, 6], [7, 8], [8, 9], [9, 10]]
+    assert tokens.support_teacher_logprobs[2].tolist() == [-14, -16]
 
 
-def test_a_row_that_does_not_train_is_masked_and_needs_no_teacher() -> None:
-    masked = build_micro_batch([make_row([1], [2, 3], trains=False, scored=False), make_row([1], [2])], support_size=1)
-    assert masked.loss_mask.tolist() == [[False, False], [True, False]]
-    assert masked.support_ids is not None
-    assert build_micro_batch([make_row([1], [2], scored=False)], support_size=1).support_ids is None
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4), st.booleans()), min_size=1, max_size=5),
+    packing=st.booleans(),
+)
+def test_every_training_token_is_there_once_behind_the_input_that_predicts_it(
+    lengths: list[tuple[int, int, bool]], packing: bool
+) -> None:
+    ids = iter(range(100))
+    rows = [
+        make_row([next(ids) for _ in range(prompt)], [next(ids) for _ in range(completion)], trains=trains)
+        for prompt, completion, trains in lengths
+    ]
+    batch = build_micro_batch(rows, packing=packing, support_size=None)
+    learned = [token for row in rows if row.trains for token in row.rollout.completion.token_ids.tolist()]
+    assert batch.tokens.token_ids.tolist() == learned
+    # Ids count up along each rollout, so that the input before a token is the token less one.
+    assert (batch.input_ids.flatten()[batch.predictors] == batch.tokens.token_ids - 1).all()
+    assert batch.input_ids.numel() > 0
+    assert batch.input_ids.shape[0] == (1 if packing else len(batch.rollouts))
+    kept = [length for row in batch.segments for length in row]
+    assert len(kept) == len(batch.rollouts)
+    positions = [position for length in kept for position in range(length)]
+    rows_of_positions = zip(batch.position_ids.tolist(), batch.segments, strict=True)
+    assert [position for row, row_lengths in rows_of_positions for position in row[: sum(row_lengths)]] == positions
+
+
+def test_mass_beyond_a_shorter_support_is_in_its_tail() -> None:
+    row = make_row([1], [2, 3])
+    assert row.rollout.teacher is not None
+    whole, cut = (build_micro_batch([row], packing=True, support_size=size).tokens for size in (None, 1))
+    assert whole.support_teacher_logprobs is not None
+    assert whole.support_teacher_tails is not None
+    assert cut.support_teacher_tails is not None
+    beyond = torch.cat([whole.support_teacher_logprobs[:, 1:], whole.support_teacher_tails[:, None]], 1).logsumexp(1)
+    torch.testing.assert_close(cut.support_teacher_tails, beyond)
+    assert build_micro_batch([row], packing=True, support_size=0).tokens.support_ids is None
+
+
+def test_a_row_that_does_not_train_is_left_out_and_needs_no_teacher() -> None:
+    rows = [make_row([1], [2, 3], trains=False, scored=False), make_row([1], [2])]
+    batch = build_micro_batch(rows, packing=False, support_size=1)
+    assert batch.input_ids.tolist() == [[1]]
+    assert batch.tokens.support_ids is not None
+    alone = build_micro_batch(rows[:1], packing=True, support_size=1)
+    assert alone.input_ids.tolist() == [[1, 2]]
+    assert len(alone.tokens) == 0
+    unscored = make_row([1], [2], scored=False)
+    assert build_micro_batch([unscored], packing=True, support_size=1).tokens.support_ids is None
+    with pytest.raises(ValueError, match="must carry the teacher's log-probs, got 1 of 2 with it"):
+        build_micro_batch([unscored, rows[1]], packing=True, support_size=1)
     with pytest.raises(ValueError, match="at least one token, got none in p"):
-        build_micro_batch([make_row([], [2])], support_size=1)
+        build_micro_batch([make_row([], [2])], packing=True, support_size=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_keep_their_precision(dtype: torch.dtype) -> None:
+    states = torch.randn(5, 3).to(dtype)
+    stored = (states if dtype == torch.float32 else states.view(torch.uint16)).numpy()
+    rows = [
+        replace(row, rollout=replace(row.rollout, teacher_hidden=part))
+        for row, part in ((make_row([1], [2, 3]), stored[:2]), (make_row([1], [2, 3, 4]), stored[2:]))
+    ]
+    hidden = build_micro_batch(rows, packing=True, support_size=0).tokens.teacher_hidden
+    assert hidden is not None
+    assert hidden.dtype == dtype
+    assert torch.equal(hidden, states)
 
 
 def test_the_learning_rate_rises_stays_or_falls() -> None:
@@ -212,8 +190,8 @@ def test_tensors_travel_as_arrays_of_the_same_bits() -> None:
         ({"grad_clip": 0.0}, "greater than 0"),
         ({"world_sise": 2}, "world_sise"),
         ({"objective": {"type": "policy_gradient", "reward_wrong": 1.0}}, "reward_correct must be above reward_wrong"),
-        ({"objective": {"type": "reverse_kl", "teacher_logprob_floor": 0.0}}, "less than 0"),
-        ({"objective": {"type": "sft"}}, "'reverse_kl', 'policy_gradient'"),
+        ({"objective": {"type": "distillation", "teacher_logprob_floor": 0.0}}, "less than 0"),
+        ({"objective": {"type": "sft"}}, "'distillation', 'policy_gradient'"),
     ],
 )
 def test_a_bad_learner_section_is_refused(values: dict[str, Any], message: str) -> None:

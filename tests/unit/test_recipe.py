@@ -19,7 +19,7 @@ teachers: {model: tiny:addition-teacher}
 engine: torch
 data: {type: addition}
 blending: {epsilon: 0.02}
-learner: {objective: {type: reverse_kl}}
+learner: {objective: {type: distillation}}
 training: {num_steps: 3}
 """
 REINFORCE = """
@@ -191,7 +191,7 @@ def test_a_word_stays_a_word(distil: Path, text: str) -> None:
         ("learner.zero_stage='1'", " must be 1 or 2 or 3, got '1'"),
         ("rollouts.support_size=true", " must be a whole number or full, got true"),
         ("rollouts.support_size=ful", " must be a whole number or full, got 'ful' (did you mean full?)"),
-        ("learner.objective.support_size=1.5", " must be a whole number or full, got 1.5"),
+        ("learner.objective.support_size=1.5", " must be a whole number, got 1.5"),
         # sections that are none
         ("students=null", " must be a section of settings, got null"),
         ("rollouts=3", " must be a section of settings, got 3"),
@@ -207,7 +207,9 @@ def test_a_word_stays_a_word(distil: Path, text: str) -> None:
         ("learner.adam_betas=[0.9, 1]", " must lie in [0, 1), got [0.9, 1.0]"),
         ("blending.epsilon=-0.1", " must be at least 0, got -0.1"),
         ("blending.draft_length=65", " must be at most 64 or adaptive or measured, got 65"),
-        ("rollouts.support_size=0", " must be at least 1 or full, got 0"),
+        ("rollouts.support_size=-1", " must be at least 0 or full, got -1"),
+        ("learner.objective.jsd_beta=1", " must be below 1, got 1"),
+        ("learner.objective.divergence=kl", " must be reverse_kl or forward_kl or jsd, got 'kl'"),
         ("students.num_gpus=1.5", " must be a fraction of at most 3 digits or a whole number, got 1.5"),
         ("training.num_steps=0", " must be at least 1, got 0"),
         ("seed=-" + "9" * 30, " must be at least 0, got -" + "9" * 30),
@@ -235,8 +237,7 @@ def test_a_wrong_value_is_refused_with_its_path_what_is_required_and_what_came(
         ("engine={type: vllm, thread: 1}", ".thread is not a setting (did you mean threads?); engine has dtype, "),
         ("data.max_digit=1", " is not a setting (did you mean max_digits?); data has max_digits, type"),
         ("data={type: file, path: x, task: math, file: 3}", ".file is not a setting; data has held_out_path, path, "),
-        ("learner.objective.clip_low=0.1", " is not a setting; learner.objective has "
-         "support_size, tail, teacher_logprob_floor, type"),
+        ("learner.objective.clip_low=0.1", " is not a setting; learner.objective has divergence, jsd_beta, "),
     ],
 )  # fmt: skip
 def test_an_unknown_setting_is_refused_with_what_was_probably_meant(distil: Path, override: str, said: str) -> None:
@@ -244,7 +245,7 @@ def test_an_unknown_setting_is_refused_with_what_was_probably_meant(distil: Path
 
 
 def test_a_recipe_of_many_faults_names_each_on_a_line(distil: Path) -> None:
-    said = complaint(distil, "seed=x", "students.modl=x", "rollouts.support_size=0", "data={type: file}")
+    said = complaint(distil, "seed=x", "students.modl=x", "rollouts.support_size=-1", "data={type: file}")
     assert [line.split(" ", 1)[0] for line in said.splitlines()] == [
         "seed", "students.modl", "data.path", "data.task", "rollouts.support_size",
     ]  # fmt: skip
@@ -260,18 +261,26 @@ def test_a_huge_value_is_cut_in_the_message(distil: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("teachers=null", "teachers.model must name a teacher, since learner.objective.type is reverse_kl; got none"),
+        ("teachers=null", "teachers.model must name a teacher, since learner.objective distils one; got none"),
         ("learner.objective.type=policy_gradient blending=null", "teachers must be left out, since nothing uses it"),
         ("rollouts.prompts_per_step=7", "rollouts.prompts_per_step x rollouts.group_size (7) must be a multiple of "),
         ("learner.world_size=3", "must be a multiple of learner.world_size x learner.micro_batch_size (3 x 8 = 24)"),
-        ("rollouts.temperature=0.5", "temperature must be 1.0 when learner.objective.type is reverse_kl, got 0.5"),
+        ("rollouts.temperature=0.5", "temperature must be 1.0 where a teacher is distilled, got 0.5"),
         ("rollouts.top_p=0.9", "rollouts.top_p must be left out while two models are blended, got 0.9: where the "),
         ("rollouts.top_k=5", "rollouts.top_k must be left out while two models are blended, got 5: where the "),
         ('blending={"type":"skd"}', "rollouts.support_size must be full when blending.type is skd, since"),
         ("engine=vllm blending.layout=one_engine blending.draft_length=measured", "must be a number or adaptive when "),
         ("blending.num_gpus=1", "blending.num_gpus must be 0, got 1"),
         ("rollouts.support_size=8", "support_size must be at least learner.objective.support_size (16), got 8"),
-        ("learner.objective.support_size=full", "must be at least learner.objective.support_size (full), got 16"),
+        ("engine=vllm learner.objective.signal=full", "support_size must be full where the teacher's signal is full"),
+        ("learner.objective.support=union learner.objective.support_size=32", "must be at least learner.objective.sup"),
+        ("learner.objective.signal=sampled learner.objective.divergence=jsd", "objective.signal must be support, full"),
+        ("learner.objective.signal=sampled learner.objective.veto={}", "objective.signal must be support, full or hi"),
+        ("rollouts.support_size=0 learner.objective.signal=hidden", "must be at least 1 while two models are blended"),
+        ("engine=vllm learner.objective.signal=hidden", "engine must be torch where the teacher's signal is more"),
+        ("engine=vllm learner.objective.support=teacher", "log-probs at the student's ids (support teacher), got vllm"),
+        ("rollouts.dynamic_sampling={}", "rollouts.dynamic_sampling must be left out, since learner.objective.type is"),
+        ("blending=null rollouts.support_size=8", "must be at least learner.objective.support_size (16), got 8"),
         ("evaluation.num_samples=4", "evaluation.pass_at must lie between 1 and evaluation.num_samples (4), got 8"),
         ("evaluation.pass_at=[]", "evaluation.pass_at must hold at least one k, got none"),
         ("learner.zero_stage=0", "learner.zero_stage must be 1 or 2 or 3, got 0: without ZeRO, DeepSpeed reports no "),
@@ -288,13 +297,24 @@ def test_settings_of_a_distillation_that_do_not_go_together_are_refused(distil: 
         ("blending.epsilon=0.1", "teachers.model must name a teacher, since there is a blending section; got none"),
         ("learner.objective.reward_correct=-1.0", "objective.reward_correct must be above reward_wrong = 0.0, "),
         ("learner.objective.support_size=1", "objective.support_size is not a setting; learner.objective has "),
-        ("learner.objective.method=gro", "method must be grpo or dr_grpo or rloo, got 'gro' (did you mean grpo?)"),
+        ("learner.objective.method=gro", "learner.objective.method must be grpo or dr_grpo or dapo or cispo or "),
+        ("learner.objective.distillation={}", "teachers.model must name a teacher, since learner.objective.distil"),
+        ("learner.objective.correction={low: 3}", "correction.low must be below high = 2.0, got 3.0"),
+        ("learner.objective={type: policy_gradient, aggregation: token_mean, aggregation_tokens: 9}",
+         "learner.objective.aggregation_tokens must be left out with aggregation token_mean"),
     ],
 )  # fmt: skip
 def test_settings_of_reinforcement_that_do_not_go_together_are_refused(
     reinforce: Path, override: str, said: str
 ) -> None:
     assert said in complaint(reinforce, override)
+
+
+def test_reinforce_compares_nothing_and_so_needs_no_group(reinforce: Path) -> None:
+    method = "learner.objective.method=reinforce"
+    assert load_recipe(reinforce, ["rollouts.group_size=1", method]).rollouts.group_size == 1
+    said = complaint(reinforce, "rollouts.group_size=1", method, "rollouts.dynamic_sampling={}")
+    assert said.startswith("rollouts.group_size must be at least 2 where rollouts.dynamic_sampling asks")
 
 
 # ---- overrides

@@ -84,10 +84,11 @@ def test_a_checker_that_raises_is_data() -> None:
 
 def rollout(text: str, *, reference: str, sample_index: int, num_tokens: int) -> Rollout:
     zeros = np.zeros(num_tokens, dtype=np.float32)
+    falling = -np.arange(num_tokens, dtype=np.float32)
     completion = Completion(
         token_ids=np.arange(num_tokens, dtype=np.int32),
         behaviour_logprobs=zeros,
-        student_logprobs=zeros,
+        student_logprobs=falling,
         finish_reason="stop",
         policy_versions=np.zeros(num_tokens, dtype=np.int32),
     )
@@ -103,6 +104,7 @@ def test_the_grader_actor_fills_the_grades_of_a_batch_and_sums_it_up() -> None:
     actor = GraderActor("grader-0", GradersSection())
     assert repr(actor) == "grader-0"
     full, _, short = actor.grade(batch)
+    without, _, _ = actor.grade(batch, learner_only=["token_ids", "support_ids"])
     actor.close()
     assert full.schema.equals(batch.schema, check_metadata=True)
     unchanged = set(batch.schema.names) - {"reward", "status", "grade_detail", "grade_s"}
@@ -114,7 +116,9 @@ def test_the_grader_actor_fills_the_grades_of_a_batch_and_sums_it_up() -> None:
     assert short.to_pydict() == {
         "prompt_id": ["p-1"] * 3, "sample_index": [0, 1, 2], "reward": [1.0, 0.0, 0.0],
         "status": ["correct", "wrong", "unparsable"], "num_tokens": [2, 3, 4],
+        "finish_reason": ["stop"] * 3, "mean_logprob": [-0.5, -1.0, -1.5],
     }  # fmt: skip
+    assert set(batch.schema.names) - set(without.schema.names) == {"token_ids", "support_ids"}
     assert short.schema.field("reward").type == pa.float32()
     assert short.schema.field("num_tokens").type == pa.int32()
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def main() -> None:
     commands = {"tutelage": tutelage_command, "trl": trl_command}
     systems = list(commands) if options.system == "all" else [options.system]
     rows = []
-    with tempfile.TemporaryDirectory(prefix="step") as name:
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="step") as name:
         for vocab in [options.vocab] if options.vocab else VOCABS:
             student = make_model(Path(name, f"student-{vocab}"), vocab, seed=0, **STUDENT)
             teacher = make_model(Path(name, f"teacher-{vocab}"), vocab, seed=1, **TEACHER)

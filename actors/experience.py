@@ -152,11 +152,11 @@ class Rollout:
     """[T, H] the teacher's last hidden state at the position that predicts each token: float32, or the bits of
     bfloat16 as uint16."""
 
-    def learner_scores(self) -> tuple[Ints, Floats, Floats]:
+    def learner_scores(self) -> tuple[Ints | None, Floats, Floats]:
         """Return what the learner is told of the teacher's law at each position.
 
         Returns:
-            ids: [T, K], all different at each position.
+            ids: [T, K], all different at each position; None: the whole vocabulary in its order, K = V.
             logprobs: [T, K] nats, the teacher's.
             tail_logprobs: [T] nats, the teacher's mass outside; -inf where nothing is outside.
 
@@ -170,10 +170,10 @@ class Rollout:
                     f"a rollout to distil from must carry a teacher's log-probs, got none for {self.prompt.prompt_id!r}"
                 )
             return scores.support_ids, scores.teacher_logprobs, scores.teacher_tail_logprobs
-        shape = told.logprobs.shape
-        ids = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape) if told.ids is None else told.ids
-        tails = np.full(shape[0], -np.inf, np.float32) if told.tail_logprobs is None else told.tail_logprobs
-        return ids, told.logprobs, tails
+        tails = told.tail_logprobs
+        if tails is None:
+            tails = np.full(len(told.logprobs), -np.inf, np.float32)
+        return told.ids, told.logprobs, tails
 
 
 _PER_TOKEN: Mapping[str, pa.DataType] = {

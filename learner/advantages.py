@@ -48,7 +48,7 @@ def group_advantages(
 
     Args:
         rewards: [P, G] numbers, or whatever `torch.as_tensor` takes; what the rollouts are compared by.
-        method: one of METHODS.
+        method: one of ADVANTAGES.
         focal_gamma: exponent of the focal weight, 0 or more.
         reward_wrong: R_w.
         reward_correct: R_c > R_w.
@@ -100,7 +100,7 @@ def group_advantages(
         tiny=tiny,
         ds_coef=ds_coef,
     )
-    advantages = METHODS[method](groups)
+    advantages = ADVANTAGES[method](groups)
     return advantages if focal_gamma == 0 else advantages * weights[:, None]
 
 
@@ -270,7 +270,7 @@ def _reinforce(groups: _Groups) -> Tensor:
     return groups.rewards
 
 
-METHODS: Mapping[str, Callable[[_Groups], Tensor]] = {
+ADVANTAGES: Mapping[str, Callable[[_Groups], Tensor]] = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "rloo": _rloo,
@@ -282,10 +282,10 @@ METHODS: Mapping[str, Callable[[_Groups], Tensor]] = {
 
 
 def _check_method(method: str, std_ddof: int) -> None:
-    if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1)
+    if method not in ADVANTAGES:
+        close = difflib.get_close_matches(method, ADVANTAGES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+        raise ValueError(f"method must be one of {', '.join(ADVANTAGES)}, got {method!r}{hint}")
     if std_ddof not in (0, 1):
         raise ValueError(f"std_ddof must be 0 or 1, got {std_ddof!r}")
 

@@ -35,7 +35,7 @@ class TrainBatch:
     token_weights: npt.NDArray[np.float32]
     """[N] what the loss of each token of the row is multiplied by in the loss of the step (`learner.aggregation`)."""
     num_tokens: int
-    """Completion tokens of the rows that train: what summed metrics are divided by."""
+    """Completion tokens of the rows that train, 0 where all are masked: what summed metrics are divided by."""
 
 
 def groups_that_teach(summaries: Sequence[pa.RecordBatch]) -> dict[str, bool]:
@@ -50,6 +50,11 @@ def groups_that_teach(summaries: Sequence[pa.RecordBatch]) -> dict[str, bool]:
     rows = _Rows.read(summaries)
     grades, valid = rows.by_group(rows.grades), rows.by_group(rows.has_verdict)
     return dict(zip(rows.prompt_ids, _varied(grades, valid).tolist(), strict=True))
+
+
+def verdict_metrics(summaries: Sequence[pa.RecordBatch]) -> dict[str, float]:
+    """Return `reward/status/<status>`, counts, and `reward/pass_rate`, the mean grade of those with a verdict."""
+    return _Rows.read(summaries).verdict_metrics()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +117,8 @@ class Batcher:
         assert len(shards) == len(summaries), f"{len(shards)} shards, {len(summaries)} summaries"
         rows = _Rows.read(summaries, padding)
         trains = self._trains(rows)
-        num_tokens = int(rows.num_tokens[trains].sum())
-        statuses = sorted(Counter(rows.statuses).items())
-        if num_tokens == 0:
-            counts = ", ".join(f"{status} {count}" for status, count in statuses)
-            raise LearnerError(f"step {step} needs a completion to learn from, got none of {len(trains)} ({counts})")
-        metrics = {f"reward/status/{status}": float(count) for status, count in statuses}
-        if rows.has_verdict.any():
-            metrics["reward/pass_rate"] = float(rows.grades[rows.has_verdict].mean())
+        self._check_usable(step, rows)
+        metrics = rows.verdict_metrics()
         advantages = np.zeros(len(trains), np.float32)
         if isinstance(self.objective, PolicyGradientObjective):
             groups = _Groups.read(self.objective, rows, blended=blended, max_new_tokens=self.max_new_tokens)
@@ -131,9 +130,16 @@ class Batcher:
             advantages=advantages,
             trains=trains,
             token_weights=self._token_weights(rows.num_tokens, trains),
-            num_tokens=num_tokens,
+            num_tokens=int(rows.num_tokens[trains].sum()),
         )
         return batch, metrics
+
+    def _check_usable(self, step: int, rows: "_Rows") -> None:
+        """Refuse a batch of which nothing could be learned; one that the recipe masks whole is no mistake."""
+        usable = rows.has_verdict if isinstance(self.objective, PolicyGradientObjective) else ~rows.is_padding
+        if rows.num_tokens[usable].sum() == 0:
+            counts = ", ".join(f"{status} {count}" for status, count in sorted(Counter(rows.statuses).items()))
+            raise LearnerError(f"step {step} needs a completion to learn from, got none of {len(usable)} ({counts})")
 
     def _trains(self, rows: "_Rows") -> npt.NDArray[np.bool_]:
         if isinstance(self.objective, DistillationObjective):
@@ -206,6 +212,13 @@ class _Rows:
             group=np.array(group, np.int64),
             member=np.array(member, np.int64),
         )
+
+    def verdict_metrics(self) -> dict[str, float]:
+        """Return the metrics of the grades alone; see `Batcher.pack`."""
+        metrics = {f"reward/status/{status}": float(count) for status, count in sorted(Counter(self.statuses).items())}
+        if self.has_verdict.any():
+            metrics["reward/pass_rate"] = float(self.grades[self.has_verdict].mean())
+        return metrics
 
     def by_group(self, values: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
         """[N] -> [P, G], with 0 (False) where a group is smaller than the largest."""
@@ -322,7 +335,7 @@ def _training_metrics(
 ) -> dict[str, float]:
     graded, masked = rows.num_tokens[rows.has_verdict], rows.num_tokens[rows.has_verdict & ~trains]
     return {
-        "advantage/abs_mean": float(np.abs(advantages[trains]).mean()),
+        "advantage/abs_mean": float(np.abs(advantages[trains]).mean()) if trains.any() else 0.0,
         "batch/tokens_masked": float(masked.sum() / graded.sum()),
     }
 

@@ -7,6 +7,17 @@ from pydantic import Field, field_validator, model_validator
 from rewards.section import Section
 
 
+def require_default(section: Section, name: str, reason: str) -> None:
+    """Refuse a setting that would have no effect; one that is left as it is by default misleads nobody.
+
+    Raises:
+        ValueError: if the setting has another value than its default.
+    """
+    value, default = getattr(section, name), type(section).model_fields[name].default
+    if value != default:
+        raise ValueError(f"{name} must be left out, since {reason}; got {value}")
+
+
 class VetoSection(Section):
     """Veto (arXiv 2601.07155): the teacher's law times a power of the student's, renormalised, as the target."""
 
@@ -50,6 +61,13 @@ class DistillationSection(Section):
             )
         if self.veto is not None and self.signal == "sampled":
             raise ValueError("signal must be support, full or hidden where veto is set, got sampled")
+        if self.divergence != "jsd":
+            require_default(self, "jsd_beta", f"the divergence is {self.divergence}")
+        if self.divergence != "reverse_kl":
+            require_default(self, "teacher_logprob_floor", f"the divergence is {self.divergence}, which needs none")
+        if self.signal in ("sampled", "full", "hidden"):
+            for name in ("support", "support_size", "tail"):
+                require_default(self, name, f"the signal is {self.signal} and not a support")
         return self
 
 
@@ -80,6 +98,8 @@ class CorrectionSection(Section):
         """Otherwise every token would be left out."""
         if self.low >= self.high:
             raise ValueError(f"low must be below high = {self.high}, got {self.low}")
+        if self.type == "truncate":
+            require_default(self, "low", "the correction truncates from above only")
         return self
 
 
@@ -135,7 +155,8 @@ class PolicyGradientObjective(Section):
     """If set, the surrogate's ratio is to the learner's own log-probs, and each token is weighed or masked by learner /
     sampler; otherwise the ratio is to the law that really drew each token."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Times KL(policy || the student before the run), per token; 0 keeps no reference."""
+    """Times KL(policy || the student before the run), per token; 0 keeps no reference. Above 0 each rank holds another
+    whole copy of the student, whatever zero_stage is, unless there are adapters (lora) to switch off."""
     distillation: DistillationSection | None = None
     """A teacher's divergence on top; none for rewards alone."""
     distillation_coef: float = Field(default=1.0, gt=0)
@@ -155,7 +176,17 @@ class PolicyGradientObjective(Section):
         """A setting without an effect would mislead whoever reads the recipe."""
         if self.aggregation_tokens is not None and self.aggregation not in ("fixed", None):
             raise ValueError(f"aggregation_tokens must be left out with aggregation {self.aggregation}")
+        for name in ("clip_low", "clip_high"):
+            if self.correction is not None:
+                require_default(self, name, "with a correction the surrogate's ratio is 1 and nothing is clipped")
+        if self.distillation is None:
+            require_default(self, "distillation_coef", "there is no distillation section")
         return self
+
+
+def distillation_of(objective: "DistillationObjective | PolicyGradientObjective") -> DistillationSection | None:
+    """Return how the teacher enters an objective; None where it does not."""
+    return objective if isinstance(objective, DistillationObjective) else objective.distillation
 
 
 Objective = Annotated[DistillationObjective | PolicyGradientObjective, Field(discriminator="type")]

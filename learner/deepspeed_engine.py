@@ -6,7 +6,7 @@ Written against DeepSpeed 0.19.8.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,17 @@ class StepOutcome:
     """Before clipping."""
     learning_rate: float
     """That the step was taken with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Learned:
+    """What is kept of a micro-batch of N tokens, to name the rollouts of a loss that is not finite."""
+
+    names: tuple[tuple[str, int], ...]
+    rollouts: Tensor
+    """[N], which of the names each token is of."""
+    per_token: Tensor
+    """[N] losses."""
 
 
 def join_process_group(device: torch.device) -> None:
@@ -136,13 +147,14 @@ class DeepSpeedEngine:
         """Optimizer steps applied, over all runs that the checkpoints came from."""
         return self._policy_version
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, loss: Loss, num_tokens: int) -> StepOutcome:
+    def step(self, micro_batches: Iterable[MicroBatch], *, loss: Loss, num_tokens: int) -> StepOutcome:
         """Take one optimizer step on this rank's micro-batches.
 
-        The gradient applied, before clipping, is that of the sum over all ranks' tokens of weight x loss.
+        The gradient applied, before clipping, is that of the sum over all ranks' tokens of weight x loss; without any
+        token it is 0, as are the metrics.
 
         Args:
-            micro_batches: of this rank.
+            micro_batches: of this rank; each is let go before the next is asked for.
             loss: of this step.
             num_tokens: that train, of all ranks; metrics are divided by it.
 
@@ -150,36 +162,39 @@ class DeepSpeedEngine:
             NonFiniteLossError: on all ranks, naming the rollouts of any rank whose loss was not finite. Neither weights
                 nor optimizer nor learning rate have changed, and the next step may be taken.
         """
-        assert len(micro_batches) == self._num_micro_batches, f"{len(micro_batches)} micro-batches"
         totals: dict[str, Tensor] = {}
-        losses: list[Tensor] = []
         learning_rate = float(self._engine.get_lr()[0])
-        for micro_batch in micro_batches:
-            # By keyword: DeepSpeed warns of positional arguments that it finds no tensors in.
-            total, per_token, metrics = self._engine(
-                micro_batch=micro_batch.to(self._device), loss=loss, tile_bytes=self._section.tile_mib * 2**20
-            )
-            # A rank cannot leave the collectives of a step by itself. An infinite loss may have a finite gradient, so
-            # it is made to spoil it: DeepSpeed then skips the step on all ranks and clears what was accumulated.
-            spoiler = torch.where(per_token.isfinite().all(), 1.0, torch.nan)
-            # DeepSpeed averages gradients over ranks.
-            self._engine.backward(total * self._engine.world_size * spoiler, scale_wrt_gas=False)
-            self._engine.step()
-            losses.append(per_token)
-            for name, value in {"loss": total.detach(), **metrics}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=self._device, dtype=torch.float64)) + value
+        # A loop's variable would keep one micro-batch while the next is made.
+        learned = list(map(partial(self._learn, loss=loss, totals=totals), micro_batches))
+        assert len(learned) == self._num_micro_batches, f"{len(learned)} micro-batches"
         if not self._engine.was_step_applied():
-            raise self._failure(micro_batches, losses)
+            raise self._failure(learned)
         self._policy_version += 1
         sums = torch.stack(list(totals.values()))
         torch.distributed.all_reduce(sums)
-        means = dict(zip(totals, (sums / num_tokens).tolist(), strict=True))
+        summed = dict(zip(totals, sums.tolist(), strict=True))
         return StepOutcome(
-            loss=means.pop("loss") * num_tokens,
-            metrics=means,
+            loss=summed.pop("loss"),
+            metrics={name: value / max(1, num_tokens) for name, value in summed.items()},
             grad_norm=float(self._engine.get_global_grad_norm()),
             learning_rate=learning_rate,
         )
+
+    def _learn(self, micro_batch: MicroBatch, *, loss: Loss, totals: dict[str, Tensor]) -> _Learned:
+        """Add a micro-batch's gradient to the step's, and its loss and metrics to the totals."""
+        # By keyword: DeepSpeed warns of positional arguments that it finds no tensors in.
+        total, per_token, metrics = self._engine(
+            micro_batch=micro_batch.to(self._device), loss=loss, tile_bytes=self._section.tile_mib * 2**20
+        )
+        # A rank cannot leave the collectives of a step by itself. An infinite loss may have a finite gradient, so it is
+        # made to spoil it: DeepSpeed then skips the step on all ranks and clears what was accumulated.
+        spoiler = torch.where(per_token.isfinite().all(), 1.0, torch.nan)
+        # DeepSpeed averages gradients over ranks.
+        self._engine.backward(total * self._engine.world_size * spoiler, scale_wrt_gas=False)
+        self._engine.step()
+        for name, value in {"loss": total.detach(), **metrics}.items():
+            totals[name] = totals.get(name, torch.zeros((), device=self._device, dtype=torch.float64)) + value
+        return _Learned(names=micro_batch.rollouts, rollouts=micro_batch.tokens.rollouts, per_token=per_token)
 
     def gathered_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield all weights, with adapters merged in, in buckets of about that size, on rank 0; empty lists on others.
@@ -254,12 +269,12 @@ class DeepSpeedEngine:
             "lora": None if self._section.lora is None else self._section.lora.model_dump(mode="json"),
         }
 
-    def _failure(self, micro_batches: Sequence[MicroBatch], losses: Sequence[Tensor]) -> NonFiniteLossError:
+    def _failure(self, learned: Sequence[_Learned]) -> NonFiniteLossError:
         """Return the error, the same on all ranks, with the rollouts of all whose loss is not finite."""
         refused = [
-            micro_batch.rollouts[place]
-            for micro_batch, per_token in zip(micro_batches, losses, strict=True)
-            for place in micro_batch.tokens.rollouts[~per_token.isfinite().cpu()].unique().tolist()
+            each.names[place]
+            for each in learned
+            for place in each.rollouts[~each.per_token.isfinite().cpu()].unique().tolist()
         ]
         everyones: list[list[tuple[str, int]]] = [[] for _ in range(self._engine.world_size)]
         torch.distributed.all_gather_object(everyones, refused)

@@ -107,7 +107,7 @@ class FullDistillation:
 
     divergence: Divergence
     teacher: OutputHead | None = None
-    """Makes the teacher's law of tokens.teacher_hidden; None: tokens.support_ids are the whole vocabulary."""
+    """Makes the teacher's law of tokens.teacher_hidden; None: the stored support is the whole vocabulary."""
     teacher_logprob_floor: float = -30.0
     veto_beta: float = 0.0
     needs_sequence_ratios: ClassVar[bool] = False
@@ -132,14 +132,18 @@ class FullDistillation:
     def _teacher_scores(self, laws: Laws, tokens: Tokens) -> Tensor:
         """Return [n, V] in memory of its own."""
         vocab_size = laws.scores.shape[-1]
+        if len(tokens) == 0:
+            return torch.empty_like(laws.scores)
         if self.teacher is None:
-            ids, logprobs = _support(tokens, laws)
-            if ids.shape[-1] != vocab_size:
+            logprobs = _stored(tokens, laws)
+            if logprobs.shape[-1] != vocab_size:
                 raise ValueError(
                     f"distillation on the full vocabulary needs a stored support of {vocab_size} ids, got "
-                    f"{ids.shape[-1]}; set signal to support, or have the teacher send the whole vocabulary"
+                    f"{logprobs.shape[-1]}; set signal to support, or have the teacher send the whole vocabulary"
                 )
-            return torch.empty_like(laws.scores).scatter_(-1, ids, logprobs)
+            teacher = torch.empty_like(laws.scores)
+            ids = tokens.support_ids
+            return teacher.copy_(logprobs) if ids is None else teacher.scatter_(-1, ids, logprobs)
         if tokens.teacher_hidden is None:
             raise ValueError(
                 "distillation of hidden states needs the teacher's last hidden state of every token, got rollouts "
@@ -189,7 +193,8 @@ class _FullDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradient: Tensor = ctx.gradient
+        # Given away, so that the gradient of another part of the loss can be added to it in place.
+        gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(scale[:, None]), None, None, None
 
 
@@ -219,7 +224,7 @@ class SampledReverseKL:
                 f"distillation of the sampled token needs a stored support of that token alone, got {ids.shape[-1]} "
                 "ids per token; set signal to support, or have the teacher send the sampled token's log-prob"
             )
-        logprobs = laws.logprobs(tokens.token_ids[:, None])[:, 0]
+        logprobs = laws.token_logprobs(tokens.token_ids)
         constant, teacher = logprobs.detach(), teacher[:, 0]
         value = constant - teacher.clamp(min=self.teacher_logprob_floor)
         reward = value * (constant - tokens.behaviour_logprobs.to(constant.dtype)).exp()
@@ -242,7 +247,7 @@ class SupervisedFineTuning:
 
     def __call__(self, laws: Laws, tokens: Tokens) -> LossOutputs:
         """Return the loss of each token; see `Loss`."""
-        per_token = -laws.logprobs(tokens.token_ids[:, None])[:, 0]
+        per_token = -laws.token_logprobs(tokens.token_ids)
         return LossOutputs(per_token=per_token, metrics={"negative_log_likelihood": per_token.detach().sum()})
 
 
@@ -291,16 +296,31 @@ def _divergence(section: DistillationSection) -> Divergence:
 
 def _support(tokens: Tokens, laws: Laws) -> tuple[Tensor, Tensor]:
     """Return the stored ids [n, K] and the teacher's log-probs [n, K] in the laws' type."""
-    if tokens.support_ids is None or tokens.support_teacher_logprobs is None:
+    if len(tokens) == 0:
+        return tokens.token_ids[:, None], laws.scores.new_empty(0, 1)
+    logprobs = _stored(tokens, laws)
+    if tokens.support_ids is None:
+        raise ValueError(
+            "distillation on a support needs its ids, got the teacher's log-probs of the whole vocabulary without ids; "
+            "set signal to full"
+        )
+    return tokens.support_ids, logprobs
+
+
+def _stored(tokens: Tokens, laws: Laws) -> Tensor:
+    """Return the teacher's log-probs [n, K] in the laws' type."""
+    if tokens.support_teacher_logprobs is None:
         raise ValueError(
             "distillation needs the teacher's log-probs on every rollout, got rollouts without them; score them with "
             "the teacher, or set learner.objective to one without a teacher"
         )
-    return tokens.support_ids, tokens.support_teacher_logprobs.to(laws.scores.dtype)
+    return tokens.support_teacher_logprobs.to(laws.scores.dtype)
 
 
 def _tails(tokens: Tokens, laws: Laws) -> Tensor:
     """Return [n] nats in the laws' type."""
+    if len(tokens) == 0:
+        return laws.scores.new_empty(0)
     if tokens.support_teacher_tails is None:
         raise ValueError(
             "distillation with a tail needs the teacher's mass outside the support, got none; set tail to false, or "

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _ELEMENTS_PER_THREAD = 2**18
-_ELEMENTS_ON_GPU = 2**26
+_NUM_BLOCKS = 10
+"""At least, where there are as many rows: half a dozen temporaries of a block are then less than one [n, V]."""
 
 
 class Laws:
@@ -27,20 +28,27 @@ class Laws:
         self.scores = scores
         self.log_normaliser = log_normalisers(scores.detach())
         """[n] nats, no gradient."""
+        self._token_logprobs: tuple[Tensor, Tensor] | None = None
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """Return [n, K] log-probs in nats at int64 ids [n, K]; -inf, without a gradient, where forbidden."""
         logprobs: Tensor = _Logprobs.apply(self.scores, self.log_normaliser, ids)  # type: ignore[no-untyped-call]
         return logprobs
 
-    def outside(self, ids: Tensor) -> Tensor:
-        """Return [n] the log mass outside ids [n, K]; -inf, without a gradient, where nothing is."""
-        return self.logprobs_and_outside(ids)[:, -1]
+    def token_logprobs(self, token_ids: Tensor) -> Tensor:
+        """Return [n] log-probs in nats of one token each, int64 [n]; -inf, without a gradient, where forbidden.
+
+        Asked again for the same tensor it returns the same one, so that all parts of a loss take one [n, V] gradient.
+        """
+        if self._token_logprobs is None or self._token_logprobs[0] is not token_ids:
+            self._token_logprobs = token_ids, self.logprobs(token_ids[:, None])[:, 0]
+        return self._token_logprobs[1]
 
     def logprobs_and_outside(self, ids: Tensor) -> Tensor:
         """Return [n, K + 1]: log-probs at ids [n, K], different in each row, and the log mass outside them.
 
-        Both at once take one [n, V] gradient where apart they take two.
+        Where nothing is outside that is -inf, without a gradient. Both at once take one [n, V] gradient where apart
+        they take two.
         """
         logprobs: Tensor = _LogprobsAndOutside.apply(  # type: ignore[no-untyped-call]
             self.scores, self.log_normaliser, ids
@@ -57,15 +65,13 @@ class Laws:
             entropies[rows] = -probs.mul_(logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)).sum(-1)
         return entropies
 
-    def detached(self) -> Tensor:
-        """Return [n, V] log-probs without a gradient."""
-        return self.scores.detach() - self.log_normaliser[:, None]
-
 
 def row_blocks(scores: Tensor) -> Iterator[slice]:
-    """Cut the rows of [n, V] into blocks whose temporaries stay in a core's cache, or on a GPU take little memory."""
-    elements = _ELEMENTS_ON_GPU if scores.is_cuda else _ELEMENTS_PER_THREAD * torch.get_num_threads()
-    num_rows = max(1, elements // max(1, scores.shape[-1]))
+    """Cut the rows of [n, V] into blocks whose temporaries take little memory, and on CPU stay in a core's cache."""
+    num_rows = max(1, -(-len(scores) // _NUM_BLOCKS))
+    if not scores.is_cuda:
+        cached = _ELEMENTS_PER_THREAD * torch.get_num_threads() // max(1, scores.shape[-1])
+        num_rows = max(1, min(num_rows, cached))
     for start in range(0, len(scores), num_rows):
         yield slice(start, start + num_rows)
 

@@ -36,9 +36,10 @@ class Tokens:
     sequence_lengths: Tensor | None = None
     """[n] int64, how many tokens that sum is over."""
     support_ids: Tensor | None = None
-    """[n, K] int64, all different; a student's support is sorted by falling log-prob of the student sampled from."""
+    """[n, K] int64, all different; a student's support is sorted by falling log-prob of the student sampled from. None
+    beside support_teacher_logprobs: those are of the whole vocabulary in its order, K = V."""
     support_teacher_logprobs: Tensor | None = None
-    """[n, K] nats; -inf for a token that the teacher forbids."""
+    """[n, K] nats; -inf for a token that the teacher forbids. None: nothing is known of the teacher's law."""
     support_teacher_tails: Tensor | None = None
     """[n] nats, the teacher's mass outside the support; -inf where there is none."""
     teacher_hidden: Tensor | None = None
@@ -105,3 +106,8 @@ class WeightedSum:
         metrics = {name: value for _, output in outputs for name, value in output.metrics.items()}
         total = torch.stack([coefficient * output.per_token for coefficient, output in outputs]).sum(0)
         return LossOutputs(per_token=total, metrics=metrics)
+
+
+def num_parts(loss: Loss) -> int:
+    """Return how many losses one is made of, which is how many [n, V] gradients it may take."""
+    return sum(num_parts(part) for _, part in loss.parts) if isinstance(loss, WeightedSum) else 1

@@ -4,7 +4,7 @@ Rollouts are dealt by length, so that those of one micro-batch are of about one 
 work. Where a rollout lands depends on the lengths and their order alone, and the learned step does not depend on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,11 @@ def build_micro_batch(rows: Sequence[TrainRow], *, packing: bool, support_size: 
         rows: at least one.
         packing: whether all lie in one row of inputs instead of a padded row each.
         support_size: how many ids of each rollout's support to take, with the rest in the tail; None takes all as they
-            are, 0 none.
+            are, 0 none. A law in the vocabulary's order is taken whole or not at all.
 
     Raises:
-        ValueError: for an empty prompt, whose first token nothing predicts, supports of different sizes, or a rollout
-            without the teacher's signal that others have.
+        ValueError: for an empty prompt, whose first token nothing predicts, supports of different sizes, a rollout
+            without the teacher's signal that others have, or a part asked for of a law without ids.
     """
     for row in rows:
         if len(row.rollout.prompt.token_ids) == 0:
@@ -154,41 +154,45 @@ def _tokens(rows: Sequence[TrainRow], support_size: int | None) -> Tokens:
     def per_rollout(values: Sequence[float], dtype: Any) -> Tensor:
         return torch.from_numpy(np.repeat(np.asarray(values, dtype), counts))
 
-    support = _support(rows, support_size)
     return Tokens(
         token_ids=per_token(lambda row: row.rollout.completion.token_ids, np.int64),
         weights=per_rollout([row.token_weight for row in rows], np.float32),
         rollouts=per_rollout(range(len(rows)), np.int64),
         behaviour_logprobs=per_token(lambda row: row.rollout.completion.behaviour_logprobs, np.float32),
         advantages=per_rollout([row.advantage for row in rows], np.float32),
-        support_ids=None if support is None else support[0],
-        support_teacher_logprobs=None if support is None else support[1],
-        support_teacher_tails=None if support is None else support[2],
         teacher_hidden=_teacher_hidden(rows),
+        **_support(rows, support_size),
     )
 
 
-def _support(rows: Sequence[TrainRow], support_size: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the teacher's support of all tokens, ids and log-probs [N, K] and tails [N]; None where no row has one."""
-    told = [
-        [values[: row.num_training_tokens] for values in row.rollout.learner_scores()]
-        for row in rows
-        if _is_scored(row.rollout)
-    ]
+def _support(rows: Sequence[TrainRow], support_size: int | None) -> dict[str, Tensor]:
+    """Return what `Tokens` has of the teacher's support, of all N tokens; nothing where no row has one."""
+    told = [row.rollout.learner_scores() for row in rows if _is_scored(row.rollout)]
     if support_size == 0 or not told:
-        return None
+        return {}
     _all_or_none(len(told), len(rows), "the teacher's log-probs")
-    sizes = {ids.shape[1] for ids, _, _ in told}
+    sizes = {logprobs.shape[1] for _, logprobs, _ in told}
     if len(sizes) > 1:
         raise ValueError(f"rollouts of one step must store supports of one size, got {sorted(sizes)}")
-    ids = np.concatenate([ids[:, :support_size] for ids, _, _ in told])
-    logprobs = np.concatenate([logprobs[:, :support_size] for _, logprobs, _ in told])
-    tails = np.concatenate([_tail(logprobs, tails, support_size) for _, logprobs, tails in told])
-    return (
-        torch.from_numpy(ids.astype(np.int64)),
-        torch.from_numpy(logprobs.astype(np.float32)),
-        torch.from_numpy(tails.astype(np.float32)),
-    )
+    counts = [row.num_training_tokens for row in rows]
+
+    def joined(parts: Iterable[_Array], dtype: Any) -> Tensor:
+        trained = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.from_numpy(np.concatenate(trained).astype(dtype, copy=False))
+
+    ids = [part for part, _, _ in told if part is not None]
+    if not ids:
+        if support_size is not None:
+            raise ValueError(
+                f"a law of the whole vocabulary has no {support_size} first ids; set signal to full, as it was sent"
+            )
+        return {"support_teacher_logprobs": joined((logprobs for _, logprobs, _ in told), np.float32)}
+    _all_or_none(len(ids), len(rows), "the ids of the teacher's support")
+    return {
+        "support_ids": joined((part[:, :support_size] for part in ids), np.int64),
+        "support_teacher_logprobs": joined((logprobs[:, :support_size] for _, logprobs, _ in told), np.float32),
+        "support_teacher_tails": joined((_tail(each, tails, support_size) for _, each, tails in told), np.float32),
+    }
 
 
 def _is_scored(rollout: Rollout) -> bool:

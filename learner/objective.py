@@ -1,6 +1,6 @@
 """What is minimised at each step of a run."""
 
-from learner.config import DistillationObjective, DistillationSection, Objective
+from learner.config import DistillationObjective, DistillationSection, Objective, distillation_of
 from learner.distillation import SupervisedFineTuning, build_distillation
 from learner.losses import Loss, WeightedSum
 from learner.policy_losses import build_policy_loss
@@ -79,8 +79,3 @@ class LossPlan:
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
         )
-
-
-def distillation_of(objective: Objective) -> DistillationSection | None:
-    """Return the part of an objective that distils a teacher, if one does."""
-    return objective if isinstance(objective, DistillationObjective) else objective.distillation

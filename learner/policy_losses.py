@@ -27,6 +27,9 @@ class Correction:
 
     - `truncate`: min(w, high) (truncated importance weights, arXiv 1802.01561)
     - `mask`: w if low <= w <= high, else 0 (the two-sided mask of IcePop, arXiv 2510.18855)
+
+    With a correction all surrogates are the same one: as one update is taken per batch, the policy is still what its
+    ratio is to, so the ratio is 1 and no clip binds. Each then has the gradient -constant x A grad log pi.
     """
 
     type: Literal["truncate", "mask"]
@@ -50,7 +53,7 @@ class _Surrogate(ABC):
     """What the surrogates have in common.
 
     With a correction the surrogate's ratio is pi / sg[pi], which is 1 with the gradient of log pi, and the loss is
-    multiplied by the correction's constant instead.
+    multiplied by the correction's constant instead; `clipped_share` is then 0 (see `Correction`).
 
     Metrics: `ratio` of policy and behaviour; `clipped_share` of tokens where a bound is active; `logprob_gap` =
     abs(log pi - log b), which on-policy is only what sampler and learner compute differently; `entropy` of the policy
@@ -70,7 +73,7 @@ class _Surrogate(ABC):
         Raises:
             ValueError: if it needs the sums of log ratios over rollouts and the tokens carry none.
         """
-        logprobs = laws.logprobs(tokens.token_ids[:, None])[:, 0]
+        logprobs = laws.token_logprobs(tokens.token_ids)
         constant = logprobs.detach()
         forbidden = constant == -torch.inf
         behaviour, advantages = tokens.behaviour_logprobs.to(constant), tokens.advantages.to(constant)
@@ -196,7 +199,7 @@ class ReferenceKL:
             raise ValueError(
                 "learner.objective.kl_coef above 0 needs the reference policy's log-probs on every token, got none"
             )
-        logprobs = laws.logprobs(tokens.token_ids[:, None])[:, 0]
+        logprobs = laws.token_logprobs(tokens.token_ids)
         forbidden = logprobs.detach() == -torch.inf
         gap = (tokens.reference_logprobs.to(logprobs) - logprobs).masked_fill(forbidden, 0)
         per_token = gap.expm1() - gap

@@ -154,12 +154,12 @@ class LearnerRank:
             micro_batch_size=self._section.micro_batch_size,
         )[self._rank]
         assert self._plan is not None, "connect() comes first"
-        micro_batches = [
-            build_micro_batch(
-                [rows[i] for i in indices], packing=self._section.packing, support_size=self._plan.support_size
-            )
+        packing, support_size = self._section.packing, self._plan.support_size
+        # One at a time: those of a whole step may hold the teacher's law of every token.
+        micro_batches = (
+            build_micro_batch([rows[i] for i in indices], packing=packing, support_size=support_size)
             for indices in mine
-        ]
+        )
         loss = self._plan.at(batch.step)
         outcome = self._connected.step(micro_batches, loss=loss, num_tokens=batch.num_tokens)
         return StepReport(

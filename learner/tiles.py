@@ -17,11 +17,7 @@ from torch.nn.functional import linear
 
 from actors.head import Head
 from learner.laws import Laws
-from learner.losses import Loss, Tokens
-
-_COPIES = 3
-"""Tensors of [tile, V] that a loss has at once at most: scores, their gradient, and the teacher's scores or a second
-part of the gradient."""
+from learner.losses import Loss, Tokens, num_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +36,8 @@ class OutputHead:
         return self.weight.shape[0] if self.head.vocab_size is None else self.head.vocab_size
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Return [n, V] unnormalised logs of the laws, at least float32, from hidden [n, H].
-
-        They have a gradient to hidden states, weight and bias; under torch.no_grad no copies are made.
-        """
-        return self.head.scores(self._logits(hidden)) if torch.is_grad_enabled() else self.read(hidden)[0]
+        """Return [n, V] unnormalised logs of the laws, at least float32 and without a gradient, from hidden [n, H]."""
+        return self.read(hidden)[0]
 
     @torch.no_grad()
     def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -95,15 +88,16 @@ def loss_in_tiles(hidden: Tensor, output: OutputHead, loss: Loss, tokens: Tokens
     """Return a loss of N tokens whose gradient is ready: backward only multiplies it.
 
     One backward pass is possible. A weight or bias that asks for no gradient gets none computed. The weight's gradient
-    is summed in float32 at least; each tile reads and writes all of it, so few large tiles are faster than many.
+    is summed in float32 at least (of 16 bits, each tile's part is one more of its size for a moment); each tile reads
+    and writes all of it, so few large tiles are faster than many.
 
     Args:
         hidden: [N, H] last hidden states at the positions that predict the tokens.
         output: makes laws of them.
         loss: of each token.
         tokens: all else that is known of the N tokens; sequence_log_ratios included if the loss needs them.
-        tile_bytes: memory for one tile: 3 x V numbers of float32 (float64) for each token, and V more of the weight's
-            type where that has 16 bits.
+        tile_bytes: memory for one tile: (2 + the loss's `num_parts`) x V numbers of float32 (float64) for each token,
+            and V more of the weight's type where that has 16 bits. At least one token is in a tile.
 
     Raises:
         ValueError: if the tokens lack what the loss is made of.
@@ -112,7 +106,7 @@ def loss_in_tiles(hidden: Tensor, output: OutputHead, loss: Loss, tokens: Tokens
     gradients = _Gradients(*inputs)
     parts, metrics = [], dict[str, Tensor]()
     with torch.no_grad():
-        for tile in _tiles(hidden, output, tile_bytes):
+        for tile in _tiles(hidden, output, tile_bytes, _num_copies(loss)):
             tile_per_token, tile_metrics = _learn_tile(tile, hidden, output, loss, tokens, gradients)
             parts.append(tile_per_token)
             for name, value in tile_metrics.items():
@@ -131,11 +125,12 @@ def logprobs_in_tiles(hidden: Tensor, output: OutputHead, token_ids: Tensor, *, 
         hidden: at the positions that predict the tokens.
         output: makes laws of them.
         token_ids: whose log-probs.
-        tile_bytes: as in `loss_in_tiles`.
+        tile_bytes: as in `loss_in_tiles`, but of 2 x V numbers.
     """
     with torch.no_grad():
-        tiles = _tiles(hidden, output, tile_bytes)
-        parts = [Laws(output.scores(hidden[tile])).logprobs(token_ids[tile, None])[:, 0] for tile in tiles]
+        # Scores, and in blocks what their normalisers take.
+        tiles = _tiles(hidden, output, tile_bytes, 2)
+        parts = [Laws(output.scores(hidden[tile])).token_logprobs(token_ids[tile]) for tile in tiles]
         return torch.cat(parts)
 
 
@@ -202,10 +197,19 @@ def _zeros(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(tensor, dtype=dtype, requires_grad=False) if asked else None
 
 
-def _tiles(hidden: Tensor, output: OutputHead, tile_bytes: int) -> Iterator[slice]:
+def _num_copies(loss: Loss) -> int:
+    """Return how many tensors of [tile, V] there are at once at most.
+
+    They are the scores and the gradient of each part (one is the teacher's scores before), and one more: the sum of two
+    gradients, or before those are there the temporaries of `row_blocks`.
+    """
+    return 2 + num_parts(loss)
+
+
+def _tiles(hidden: Tensor, output: OutputHead, tile_bytes: int, num_copies: int) -> Iterator[slice]:
     """Cut N tokens into as few tiles as the memory allows, of nearly the same length; one empty tile if N = 0."""
     itemsize = output.weight.element_size()
-    bytes_per_token = output.vocab_size * (_COPIES * max(itemsize, 4) + (itemsize if itemsize < 4 else 0))
+    bytes_per_token = output.vocab_size * (num_copies * max(itemsize, 4) + (itemsize if itemsize < 4 else 0))
     longest = max(1, tile_bytes // bytes_per_token)
     num_tiles = max(1, -(-len(hidden) // longest))
     for i in range(num_tiles):

@@ -38,7 +38,7 @@ from actors.sampling import (
 )
 from actors.speculation import SideLostError
 from actors.weights import PolicyWeights
-from learner.batcher import groups_that_teach
+from learner.batcher import groups_that_teach, verdict_metrics
 from orchestrator.cold_start import cold_start
 from orchestrator.dynamic_sampling import refill_size, refill_start, select
 from orchestrator.models import model_location
@@ -67,7 +67,7 @@ class Experience:
     padding: frozenset[str] = frozenset()
     """prompt_ids of groups among them that teach nothing and only fill the batch up."""
     sampling: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of dynamic sampling; empty without it."""
+    """Metrics of dynamic sampling, and those of the grades over all that was sampled; empty without it."""
     num_retries: int
     """How often a shard had to be sampled again because an actor died."""
     sampling_s: float
@@ -209,8 +209,10 @@ class ExperienceQueue:
             experience,
             learned=learned,
             summaries=summaries,
-            padding=frozenset(selection.padding),
+            # With nothing to learn from at all, the step is one of advantages 0, as without dynamic sampling.
+            padding=frozenset(selection.padding if selection.learned else ()),
             sampling={
+                **verdict_metrics([summary for _, summary in done]),
                 "sampling/refills": float(refill),
                 "sampling/groups": float(len(teaches)),
                 "sampling/groups_dropped": float(selection.num_dropped),

@@ -2,6 +2,7 @@
 
 from learner.advantages import focal_learning_rate_factor
 from learner.config import PolicyGradientObjective
+from learner.methods import resolved
 from orchestrator import teacher_signal
 from orchestrator.models import model_config
 from orchestrator.recipe import Recipe
@@ -38,6 +39,8 @@ def hints(recipe: Recipe) -> list[str]:
     """Return what a careful reader of the recipe would want to know."""
     objective = recipe.learner.objective
     if not isinstance(objective, PolicyGradientObjective) or objective.focal_gamma == 0:
+        return []
+    if resolved(objective).advantage != "grpo":  # whose mean update the factor is of
         return []
     factor = focal_learning_rate_factor(objective.focal_gamma)
     rate = recipe.learner.learning_rate

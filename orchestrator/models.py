@@ -84,10 +84,11 @@ def model_config(model: str) -> dict[str, Any]:
         file = Path(model_location(model)) / "config.json"
     config = _read_json(file)
     config = config.get("text_config", config)
-    for name in ("vocab_size", "hidden_size"):
-        if not isinstance(config.get(name), int):
-            raise UserError(f"{file}: must say {name} as a whole number, got {config.get(name)!r}")
-    return dict(config)
+    sizes = {"vocab_size": config.get("vocab_size"), "hidden_size": config.get("hidden_size", config.get("n_embd"))}
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise UserError(f"{file}: must say {name} as a whole number, got {size!r}")
+    return {**config, **sizes}
 
 
 def located(recipe: Recipe) -> Recipe:

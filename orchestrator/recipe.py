@@ -16,7 +16,15 @@ from actors.config import (
     RolloutsSection,
     TorchEngineSection,
 )
-from learner.config import DistillationObjective, DistillationSection, LearnerSection, PolicyGradientObjective
+from learner.config import (
+    DistillationObjective,
+    DistillationSection,
+    LearnerSection,
+    PolicyGradientObjective,
+    distillation_of,
+    require_default,
+)
+from learner.methods import resolved
 from orchestrator import plain_yaml
 from orchestrator.config import (
     CheckpointsSection,
@@ -66,8 +74,7 @@ class Recipe(Section):
     @property
     def distillation(self) -> DistillationSection | None:
         """How the teacher enters the loss; none where it does not."""
-        objective = self.learner.objective
-        return objective if isinstance(objective, DistillationObjective) else objective.distillation
+        return distillation_of(self.learner.objective)
 
     @model_validator(mode="after")
     def distillation_needs_a_teacher(self) -> Self:
@@ -116,6 +123,59 @@ class Recipe(Section):
             raise ValueError(
                 "rollouts.dynamic_sampling must be left out, since learner.objective.type is "
                 f"{self.learner.objective.type}, which learns from every group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def settings_of_a_method_have_an_effect(self) -> Self:
+        """A setting that the method does not look at would mislead whoever reads the recipe."""
+        objective = self.learner.objective
+        if not isinstance(objective, PolicyGradientObjective):
+            return self
+        method = resolved(objective)
+        if method.aggregation != "fixed":
+            self._require_default("aggregation_tokens", f"tokens are aggregated by {method.aggregation}")
+        if method.surrogate == "reinforce":
+            for name in ("clip_low", "clip_high"):
+                self._require_default(name, "the surrogate reinforce clips nothing")
+        if method.advantage != "grpo":
+            self._require_default("std_ddof", f"the advantage {method.advantage} does not ask for it")
+        if method.advantage != "ds_grpo":
+            self._require_default("ds_coef", f"the advantage is {method.advantage}")
+        if not isinstance(self.blending, BlenderSection):
+            self._require_default("focal_while_blending", "nothing is blended")
+        if self.rollouts.dynamic_sampling is not None and method.advantage in ("reinforce", "ds_grpo"):
+            raise ValueError(
+                f"rollouts.dynamic_sampling must be left out with the advantage {method.advantage}, which learns from "
+                "groups of equal rewards, too"
+            )
+        if objective.overlong is not None and objective.overlong.buffer_tokens > self.rollouts.max_new_tokens:
+            raise ValueError(
+                f"learner.objective.overlong.buffer_tokens must be at most rollouts.max_new_tokens "
+                f"({self.rollouts.max_new_tokens}), got {objective.overlong.buffer_tokens}"
+            )
+        return self
+
+    def _require_default(self, name: str, reason: str) -> None:
+        try:
+            require_default(self.learner.objective, name, reason)
+        except ValueError as error:
+            raise ValueError(f"learner.objective.{error}") from None
+
+    @model_validator(mode="after")
+    def a_distillation_comes_to_pass(self) -> Self:
+        """Fine-tuning to the last step leaves nothing of it, and a cut law biases its estimate by samples."""
+        objective, section, rollouts = self.learner.objective, self.distillation, self.rollouts
+        if isinstance(objective, DistillationObjective) and objective.sft_warmup_steps >= self.training.num_steps:
+            raise ValueError(
+                f"learner.objective.sft_warmup_steps must be below training.num_steps ({self.training.num_steps}), "
+                f"got {objective.sft_warmup_steps}"
+            )
+        if section is not None and section.signal == "sampled" and (rollouts.top_p < 1 or rollouts.top_k is not None):
+            name, came = ("top_p", rollouts.top_p) if rollouts.top_p < 1 else ("top_k", rollouts.top_k)
+            raise ValueError(
+                f"rollouts.{name} must be left out where the teacher's signal is sampled, got {came}: the estimate "
+                "needs tokens from the student's whole law"
             )
         return self
 

@@ -15,7 +15,7 @@ _QUANTILES = (0.1, 0.5, 0.9)
 
 
 def rollout_metrics(shards: Sequence[pa.RecordBatch], step: int) -> dict[str, float]:
-    """Return the metrics of the rollouts learned from at `step`; means are over tokens, divergences in nats.
+    """Return the metrics of the rollouts sampled for `step`; means are over tokens, divergences in nats.
 
     - `rollout/…`: tokens, completion length, share cut off at the longest length, staleness (steps behind, of the
       oldest token).

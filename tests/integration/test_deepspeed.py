@@ -525,6 +525,20 @@ def test_a_checkpoint_is_refused_by_another_world_size_and_by_adapters(open_rank
         open_ranks(make_section(world_size=2)).all("load", str(tmp_path / "checkpoint"))
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_batch_that_is_masked_whole_moves_nothing_and_reports_zeros(open_ranks: OpenRanks, stage: int) -> None:
+    objective = PolicyGradientObjective(method="gspo", truncated="mask", kl_coef=0.1)
+    ranks = open_ranks(make_section(stage=stage, world_size=2, objective=objective, weight_decay=0.0))
+    before = ranks.weights(0)
+    cut_off = [
+        replace(rollout, completion=replace(rollout.completion, finish_reason="length")) for rollout in make_rollouts(0)
+    ]
+    report = ranks.step(make_batch(0, objective, cut_off))
+    assert report.num_tokens == report.loss == report.grad_norm == 0
+    assert set(report.metrics.values()) == {0.0}
+    assert same(ranks.weights(1), before)
+
+
 def test_recomputed_activations_change_nothing(open_ranks: OpenRanks) -> None:
     kept, recomputed = (
         open_ranks(make_section(stage=3, activation_checkpointing=value)).step(make_batch(0, DISTIL))

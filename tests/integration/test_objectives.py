@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from actors.experience import Rollout, rollouts_from_arrow
 from learner.tiny_models import tiny_folder
 from tests.exact_laws import laws_along
-from tests.integration.test_run import COUNTDOWN, QUICKSTART, command, lines, run
+from tests.integration.test_run import COUNTDOWN, QUICKSTART, command, finished, lines, run, timeless, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -143,11 +143,43 @@ def test_dynamic_sampling_learns_from_groups_that_differ_and_counts_the_others(
         assert line["sampling/groups_dropped"] == (~differ).sum() - line["sampling/groups_missing"]
         assert line["reward/zero_variance_groups"] == 0
     again, _ = run(COUNTDOWN, tmp_path / "b", *overrides, address=ray_cluster)
-    first, second = (
-        [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(each / "metrics.jsonl")]
-        for each in (folder, again)
-    )
-    assert first == second
+    assert timeless(folder / "metrics.jsonl") == timeless(again / "metrics.jsonl")
+
+
+def test_a_step_in_which_no_group_differs_goes_on(ray_cluster: str, tmp_path: Path) -> None:
+    overrides = (
+        "training.num_steps=2", "evaluation.num_prompts=0", "rollouts.prompts_per_step=2", "rollouts.group_size=2",
+        "learner.micro_batch_size=4", "rollouts.dynamic_sampling={max_refills: 1}", "rollouts.max_new_tokens=1",
+    )  # fmt: skip
+    folder, _ = run(COUNTDOWN, tmp_path, *overrides, address=ray_cluster)
+    for line in lines(folder / "metrics.jsonl"):
+        assert line["reward/pass_rate"] == 0, "one token is no answer"
+        assert line["sampling/groups_missing"] == 2
+        assert line["sampling/refills"] == 1
+        assert sum(v for k, v in line.items() if k.startswith("reward/status/")) == 2 * line["sampling/groups"]
+        assert line["learner/grad_norm"] == 0
+
+
+def test_what_changes_from_step_to_step_goes_on_after_a_stop(ray_cluster: str, tmp_path: Path) -> None:
+    """Dynamic sampling's prompts, Veto's weight and the fine-tuning before it, killed between two checkpoints."""
+    recipes = {
+        "dapo": (COUNTDOWN, "rollouts.prompts_per_step=8", "rollouts.group_size=4", "learner.objective.clip_low=null",
+                 "rollouts.dynamic_sampling={max_refills: 1}", "learner.objective.method=dapo"),
+        "veto": (QUICKSTART, "rollouts.prompts_per_step=16", "blending={type: fixed_beta, beta: 1, warmup_steps: 2}",
+                 "learner.objective={type: distillation, signal: full, veto: {beta: 0.5}, sft_warmup_steps: 2}"),
+    }  # fmt: skip
+    common = ("training.num_steps=6", "evaluation.num_prompts=0", "learner.micro_batch_size=16",
+              "checkpoints.every_steps=2")  # fmt: skip
+    for name, (recipe, *overrides) in recipes.items():
+        straight, _ = run(recipe, tmp_path / name, *common, *overrides, address=ray_cluster)
+        folder = tmp_path / f"{name}-killed"
+        process = command("train", recipe, f"training.folder={folder}", *common, *overrides, address=ray_cluster)
+        wait_until(lambda folder=folder: any(len(lines(f)) >= 3 for f in folder.glob("*/metrics.jsonl")), process)
+        process.kill()
+        process.communicate()
+        (killed,) = folder.iterdir()
+        finished(command("resume", str(killed), address=ray_cluster))
+        assert timeless(killed / "metrics.jsonl") == timeless(straight / "metrics.jsonl")
 
 
 def test_a_step_that_cannot_be_applied_names_its_rollouts_in_the_run_folder(ray_cluster: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import (
-    METHODS,
+    ADVANTAGES,
     focal_learning_rate_factor,
     focal_weights,
     group_advantages,
@@ -21,7 +21,7 @@ Rewards = npt.NDArray[np.float64]
 
 COMPARING = ("dr_grpo", "grpo", "maxrl", "rloo")
 
-methods = st.sampled_from(sorted(METHODS))
+methods = st.sampled_from(sorted(ADVANTAGES))
 comparing = st.sampled_from(COMPARING)
 gammas = st.floats(0.0, 4.0)
 

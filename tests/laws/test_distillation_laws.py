@@ -226,15 +226,19 @@ def test_a_support_of_the_whole_vocabulary_is_the_full_divergence(
 ) -> None:
     case = Case(seed, support_size=9)
     full = case.tiled(FullDistillation(divergence=divergence, teacher=case.teacher, veto_beta=beta))
-    others = [
-        FullDistillation(divergence=divergence, veto_beta=beta),
-        SupportDistillation(divergence=divergence, veto_beta=beta),
-        SupportDistillation(divergence=divergence, veto_beta=beta, tail=True),
+    in_order = case.with_tokens(
+        support_ids=None, support_teacher_logprobs=case.teacher_law().log(), support_teacher_tails=None
+    )
+    others: list[tuple[Loss, Tokens]] = [
+        (FullDistillation(divergence=divergence, veto_beta=beta), in_order),
+        (FullDistillation(divergence=divergence, veto_beta=beta), case.tokens),
+        (SupportDistillation(divergence=divergence, veto_beta=beta), case.tokens),
+        (SupportDistillation(divergence=divergence, veto_beta=beta, tail=True), case.tokens),
     ]
     expected = gradients(full.total, case)
     # The last one's tail is what 1 - sum leaves of rounding.
-    for loss in others:
-        outcome = case.tiled(loss)
+    for loss, tokens in others:
+        outcome = case.tiled(loss, tokens)
         assert_close(outcome.per_token, full.per_token, 1e-9)
         for ours, theirs in zip(gradients(outcome.total, case), expected, strict=True):
             assert_close(ours, theirs, 1e-9)
@@ -446,22 +450,40 @@ def test_the_mean_over_draws_of_the_sampled_gradient_is_that_of_the_exact_kl(see
         assert_close(ours, theirs, 1e-9)
 
 
-def test_without_tokens_there_is_no_loss() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stored_log_probs_are_not_written_over(dtype: torch.dtype) -> None:
+    case = Case(0, support_size=9, dtype=dtype)
+    in_order = case.with_tokens(support_ids=None, support_teacher_logprobs=case.teacher_law().log().to(dtype))
+    for tokens in (in_order, case.tokens):
+        before = tokens.support_teacher_logprobs.clone()
+        case.tiled(FullDistillation(divergence=JensenShannon(0.3), veto_beta=0.4), tokens).total.backward()
+        assert torch.equal(tokens.support_teacher_logprobs, before)
+
+
+@pytest.mark.parametrize("loss", [*DISTILLATIONS, SampledReverseKL(), SupervisedFineTuning()], ids=repr)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_without_tokens_there_is_no_loss_and_no_need_of_a_teacher(loss: Loss, hidden: bool) -> None:
     case = Case(0, num_tokens=0)
-    for loss in (*DISTILLATIONS, SupervisedFineTuning()):
-        if isinstance(loss, FullDistillation):
-            loss = FullDistillation(divergence=loss.divergence, veto_beta=loss.veto_beta, teacher=case.teacher)
-        outcome = case.tiled(loss)
-        assert outcome.total == 0
-        assert outcome.per_token.shape == (0,)
-        assert all(value == 0 for value in outcome.metrics.values())
-        assert all((gradient == 0).all() for gradient in gradients(outcome.total, case))
+    if hidden and isinstance(loss, FullDistillation):
+        loss = FullDistillation(divergence=loss.divergence, veto_beta=loss.veto_beta, teacher=case.teacher)
+    untold = case.with_tokens(
+        support_ids=None, support_teacher_logprobs=None, support_teacher_tails=None, teacher_hidden=None
+    )
+    outcome = case.tiled(loss, untold)
+    assert outcome.total == 0
+    assert outcome.per_token.shape == (0,)
+    assert outcome.metrics
+    assert all(value == 0 for value in outcome.metrics.values())
+    assert all((gradient == 0).all() for gradient in gradients(outcome.total, case))
 
 
 def test_a_long_row_is_worked_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(0, num_tokens=5)
     loss = FullDistillation(divergence=JensenShannon(0.3), teacher=case.teacher, veto_beta=0.4)
     whole = case.tiled(loss, tile=5)
+    monkeypatch.setattr("learner.laws._NUM_BLOCKS", 1)
+    one = case.tiled(loss, tile=5)
+    assert torch.equal(whole.per_token, one.per_token)
     monkeypatch.setattr("learner.laws._ELEMENTS_PER_THREAD", 20)
     blocks = case.tiled(loss, tile=5)
     assert torch.equal(whole.per_token, blocks.per_token)
@@ -473,6 +495,8 @@ def test_tokens_that_lack_what_a_loss_is_made_of_are_refused_with_what_to_change
     case = Case(0)
     support = SupportDistillation(divergence=ReverseKL(), tail=True)
     with pytest.raises(ValueError, match="needs the teacher's log-probs on every rollout"):
+        case.tiled(support, case.with_tokens(support_teacher_logprobs=None))
+    with pytest.raises(ValueError, match=r"needs its ids, .* set signal to full"):
         case.tiled(support, case.with_tokens(support_ids=None))
     with pytest.raises(ValueError, match="mass outside the support, got none; set tail to false"):
         case.tiled(support, case.with_tokens(support_teacher_tails=None))
@@ -497,15 +521,20 @@ def test_a_section_of_the_recipe_becomes_its_loss() -> None:
     def build(section: DistillationSection, signal: str, veto_beta: float = 0.0, vocab_size: int = 100) -> Loss:
         return build_distillation(section, signal=signal, veto_beta=veto_beta, teacher_head=head, vocab_size=vocab_size)
 
-    section = DistillationSection(divergence="jsd", jsd_beta=0.2, tail=True, teacher_logprob_floor=-9.0)
+    section = DistillationSection(divergence="jsd", jsd_beta=0.2, tail=True)
     divergence = JensenShannon(0.2)
-    assert build(section, "support", 0.3) == SupportDistillation(
-        divergence=divergence, tail=True, teacher_logprob_floor=-9.0, veto_beta=0.3
-    )
-    stored = FullDistillation(divergence=divergence, teacher_logprob_floor=-9.0)
+    assert build(section, "support", 0.3) == SupportDistillation(divergence=divergence, tail=True, veto_beta=0.3)
+    stored = FullDistillation(divergence=divergence)
     assert build(section, "full") == stored
     assert build(section, "support", vocab_size=16) == stored, "a support of all ids is the whole vocabulary"
-    assert build(section, "hidden") == FullDistillation(divergence=divergence, teacher=head, teacher_logprob_floor=-9.0)
+    assert build(section, "hidden") == FullDistillation(divergence=divergence, teacher=head)
+    floored = DistillationSection(teacher_logprob_floor=-9.0)
+    for signal, teacher in (("full", None), ("hidden", head)):
+        assert build(floored, signal) == FullDistillation(
+            divergence=ReverseKL(), teacher=teacher, teacher_logprob_floor=-9.0
+        )
+    assert build(floored, "support") == SupportDistillation(divergence=ReverseKL(), teacher_logprob_floor=-9.0)
+    assert build(floored, "sampled") == SampledReverseKL(teacher_logprob_floor=-9.0)
     assert build(DistillationSection(), "sampled") == SampledReverseKL()
     assert build(DistillationSection(), "support") == SupportDistillation(divergence=ReverseKL())
     assert build(DistillationSection(divergence="forward_kl"), "full") == FullDistillation(divergence=ForwardKL())

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.head import Head
 from learner.config import CorrectionSection, PolicyGradientObjective
@@ -264,6 +265,19 @@ def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(
         assert metrics["clipped_share"].item() == 0
 
 
+@pytest.mark.parametrize("correction", CORRECTIONS[1:])
+@given(seed=seeds, lengths=completions)
+def test_with_a_correction_all_surrogates_are_one_and_no_clip_binds(
+    correction: Correction, seed: int, lengths: list[int]
+) -> None:
+    scores, tokens = make_tokens(seed, lengths)
+    constants = torch.tensor(plain_correction(correction, scores, tokens), dtype=torch.float64)
+    expected = gradient(-(tokens.weights * constants * tokens.advantages * chosen(scores, tokens)).sum(), scores)
+    for loss in make_surrogates(correction, 0.0, 0.0):
+        assert torch.allclose(gradient(total(loss, scores, tokens), scores), expected, rtol=1e-9, atol=1e-12)
+        assert loss(Laws(scores), tokens).metrics["clipped_share"].item() == 0
+
+
 @given(seed=seeds)
 def test_importance_weights_make_the_expected_gradient_that_of_the_policy(seed: int) -> None:
     """Exactly, by summing over all tokens that the behaviour could have drawn."""
@@ -411,6 +425,36 @@ def test_tokens_that_lack_something_are_refused(loss: Loss, lacking: str, messag
         loss(Laws(scores), replace(tokens, **{lacking: None}))
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that fill a whole [n, V]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+        self.num_made = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        made = func is torch.ops.aten.empty_like.default
+        self.num_made += made and isinstance(result, Tensor) and result.numel() == self._size
+        return result
+
+
+def test_a_divergence_from_the_reference_takes_no_gradient_of_its_own() -> None:
+    scores, tokens = make_tokens(0, [3, 2])
+    surrogate = ClippedSurrogate(clip_low=0.2, clip_high=0.2)
+    value = total(WeightedSum(parts=((1.0, surrogate), (0.1, ReferenceKL()))), scores, tokens)
+    apart = gradient(total(surrogate, scores, tokens), scores) + 0.1 * gradient(
+        total(ReferenceKL(), scores, tokens), scores
+    )
+    with Operations(scores.numel()) as operations:
+        ours = gradient(value, scores)
+    assert operations.num_made == 1
+    assert torch.allclose(ours, apart, rtol=1e-9, atol=1e-12)
+
+
 def test_sums_over_rollouts_are_asked_for_only_where_they_are_used() -> None:
     assert [loss.needs_sequence_ratios for loss in make_surrogates(None)] == [False, False, True, False]
     assert not any(loss.needs_sequence_ratios for loss in make_surrogates(MASK))
@@ -432,10 +476,10 @@ def test_an_objective_of_the_recipe_becomes_its_loss() -> None:
         "maxrl": clipped,
         "ds_grpo": clipped,
     }
-    section = CorrectionSection(type="mask", level="sequence", low=0.5, high=1.5)
-    objective = PolicyGradientObjective(
-        method="dapo", surrogate="cispo", clip_low=0.1, correction=section, kl_coef=0.01
-    )
-    correction = Correction(type="mask", level="sequence", low=0.5, high=1.5)
-    surrogate = Cispo(clip_low=0.1, clip_high=0.28, correction=correction)
+    objective = PolicyGradientObjective(method="dapo", surrogate="cispo", clip_low=0.1, kl_coef=0.01)
+    surrogate = Cispo(clip_low=0.1, clip_high=0.28)
     assert build_policy_loss(objective) == WeightedSum(parts=((1.0, surrogate), (0.01, ReferenceKL())))
+    section = CorrectionSection(type="mask", level="sequence", low=0.5, high=1.5)
+    correction = Correction(type="mask", level="sequence", low=0.5, high=1.5)
+    corrected = build_policy_loss(PolicyGradientObjective(method="dapo", correction=section))
+    assert corrected == ClippedSurrogate(clip_low=0.2, clip_high=0.28, correction=correction)

@@ -1,6 +1,7 @@
 """Laws of laws and tiles: gradients are those of the plain formulas, however tokens are cut, and no [N, V] is made."""
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import learner.laws
@@ -15,7 +17,8 @@ from actors.head import Head
 from learner.distillation import FullDistillation, SampledReverseKL, SupervisedFineTuning, SupportDistillation
 from learner.divergences import ForwardKL, JensenShannon, ReverseKL
 from learner.laws import Laws
-from learner.losses import Loss, LossOutputs, Tokens, WeightedSum
+from learner.losses import Loss, LossOutputs, Tokens, WeightedSum, num_parts
+from learner.policy_losses import ClippedSurrogate, ReferenceKL
 from learner.tiles import OutputHead, logprobs_in_tiles, loss_in_tiles
 
 seeds = st.integers(0, 2**31 - 1)
@@ -77,7 +80,7 @@ def laws_of(scores: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     kept = torch.ones_like(scores, dtype=torch.bool).scatter(-1, ids, False)
     return {
         "logprobs": (laws.logprobs(ids), plain.gather(-1, ids)),
-        "outside": (laws.outside(ids), torch.where(kept, plain.exp(), 0).sum(-1).log()),
+        "token": (laws.token_logprobs(ids[:, 0]), plain.gather(-1, ids[:, :1])[:, 0]),
         "both": (
             laws.logprobs_and_outside(ids),
             torch.cat([plain.gather(-1, ids), torch.where(kept, plain.exp(), 0).sum(-1, keepdim=True).log()], -1),
@@ -121,7 +124,7 @@ def test_a_forbidden_id_has_log_prob_minus_infinity_and_no_gradient() -> None:
     (expected,) = torch.autograd.grad(free.log_softmax(-1).gather(-1, torch.tensor([[0], [2]])).sum(), free)
     assert torch.allclose(gradient, torch.cat([expected, torch.zeros(2, 1)], -1), atol=1e-12)
     everything = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    outside = laws.outside(everything)
+    outside = laws.logprobs_and_outside(everything)[:, -1]
     assert (outside == -math.inf).all()
     assert (torch.autograd.grad(outside.sum(), scores)[0] == 0).all()
     expected_entropy = -(free.log_softmax(-1).exp() * free.log_softmax(-1)).sum(-1)
@@ -130,21 +133,30 @@ def test_a_forbidden_id_has_log_prob_minus_infinity_and_no_gradient() -> None:
 
 def test_the_gradient_of_a_tiny_mass_outside_is_the_law_outside() -> None:
     scores = torch.tensor([[200.0, 1.0, 2.0]]).requires_grad_()
-    (gradient,) = torch.autograd.grad(Laws(scores).outside(torch.tensor([[0]])).sum(), scores)
+    outside = Laws(scores).logprobs_and_outside(torch.tensor([[0]]))[:, -1]
+    (gradient,) = torch.autograd.grad(outside.sum(), scores)
     law = torch.tensor([1.0, 2.0]).softmax(-1)
     assert torch.allclose(gradient, torch.cat([torch.tensor([-1.0]), law])[None], atol=1e-6)
 
 
 @settings(max_examples=20)
 @given(seed=seeds)
-def test_entropy_and_detached_are_the_plain_formulas(seed: int) -> None:
+def test_entropy_is_the_plain_formula(seed: int) -> None:
     scores = normal(seed, 3, 6).requires_grad_()
     plain = scores.detach().log_softmax(-1)
+    entropy = Laws(scores).entropy()
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-12)
+    assert not entropy.requires_grad
+
+
+def test_log_probs_of_the_same_tokens_are_made_once_and_of_others_anew() -> None:
+    scores, token_ids, others = normal(0, 3, 6).requires_grad_(), torch.tensor([0, 5, 2]), torch.tensor([1, 1, 1])
     laws = Laws(scores)
-    assert torch.allclose(laws.detached(), plain, atol=1e-12)
-    assert torch.allclose(laws.entropy(), -(plain.exp() * plain).sum(-1), atol=1e-12)
-    assert not laws.detached().requires_grad
-    assert not laws.entropy().requires_grad
+    first = laws.token_logprobs(token_ids)
+    assert laws.token_logprobs(token_ids) is first
+    plain = scores.detach().log_softmax(-1)
+    assert torch.allclose(laws.token_logprobs(others), plain[:, 1], atol=1e-12)
+    assert torch.allclose(laws.token_logprobs(token_ids), first, atol=0)
 
 
 def test_laws_of_no_position_are_empty() -> None:
@@ -171,14 +183,14 @@ def by_hand(hidden: Tensor, output: OutputHead) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @settings(max_examples=20)
 @given(seed=seeds)
-def test_scores_are_those_of_the_law_worked_out_by_hand_with_autograd_and_without(
-    name: str, bias: bool, seed: int
-) -> None:
+def test_scores_are_those_of_the_law_worked_out_by_hand(name: str, bias: bool, seed: int) -> None:
     hidden, output = normal(seed, 3, 4), make_output(seed, head=HEADS[name], bias=bias)
     law = by_hand(hidden, output)
-    assert torch.allclose(output.scores(hidden).softmax(-1), law, atol=1e-12)
-    with torch.no_grad():
-        assert torch.allclose(output.scores(hidden).softmax(-1), law, atol=1e-12)
+    scores = output.scores(hidden)
+    assert torch.allclose(scores.softmax(-1), law, atol=1e-12)
+    assert not scores.requires_grad
+    differentiable = output.head.scores(linear(hidden, output.weight, output.bias))
+    assert torch.allclose(scores, differentiable, atol=1e-12)
     ids = torch.zeros(3, dtype=torch.long)
     ours = logprobs_in_tiles(hidden, output, ids, tile_bytes=1)
     assert torch.allclose(ours, law[:, 0].log().detach(), atol=1e-12)
@@ -339,6 +351,72 @@ def test_no_tensor_is_larger_than_a_tile(name: str, head: Head) -> None:
     tokens = make_tokens(1, num_tokens, vocab_size=vocab_size, support_size=support_size)
     hidden = normal(2, num_tokens, 4).requires_grad_()
     with RecordedSizes() as recorded:
-        loss_in_tiles(hidden, output, LOSSES[name], tokens, tile_bytes=tile * 3 * 8 * vocab_size).total.backward()
+        tile_bytes = tile * (2 + num_parts(LOSSES[name])) * 8 * vocab_size
+        loss_in_tiles(hidden, output, LOSSES[name], tokens, tile_bytes=tile_bytes).total.backward()
     assert tile * vocab_size in recorded.sizes
     assert max(recorded.sizes) == tile * vocab_size
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all memory that operations make and that is still there, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        known = {each.untyped_storage().data_ptr() for each in given if isinstance(each, Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in {*known, 0}:
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+GRPO, HIDDEN = ClippedSurrogate(clip_low=0.2, clip_high=0.2), FullDistillation(divergence=ReverseKL(), teacher=TEACHER)
+VETO = FullDistillation(divergence=JensenShannon(0.3), teacher=TEACHER, veto_beta=0.4)
+GRPO_KL = WeightedSum(parts=((1.0, GRPO), (0.1, ReferenceKL())))
+PLANNED: dict[str, tuple[Loss, int]] = {
+    "grpo": (GRPO, 1),
+    "grpo+kl": (GRPO_KL, 2),
+    "hidden": (HIDDEN, 1),
+    "hidden with veto": (VETO, 1),
+    "full": (FullDistillation(divergence=ReverseKL()), 1),
+    "grpo+hidden": (WeightedSum(parts=((1.0, GRPO), (0.5, HIDDEN))), 2),
+    "grpo+kl+hidden": (WeightedSum(parts=((1.0, GRPO_KL), (0.5, VETO))), 3),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_memory_of_a_tile_is_what_was_asked_for(name: str) -> None:
+    loss, parts = PLANNED[name]
+    assert num_parts(loss) == parts
+    num_tokens, vocab_size, hidden_size, itemsize = 78, 500, 4, 8
+    output = make_output(0, vocab_size=vocab_size, head=Head(stop_token_ids=(4, 2), temperature=0.5))
+    tokens = replaced(
+        make_tokens(1, num_tokens, vocab_size=vocab_size),
+        token_ids=torch.zeros(num_tokens, dtype=torch.long),
+        reference_logprobs=-(normal(3, num_tokens) ** 2),
+        support_ids=None,
+        support_teacher_logprobs=normal(4, num_tokens, vocab_size).log_softmax(-1),
+    )
+    hidden = normal(2, num_tokens, hidden_size).requires_grad_()
+    copy = 20 * vocab_size * itemsize
+    tile_bytes = (2 + parts) * copy
+    with LiveBytes() as memory:
+        tiled = loss_in_tiles(hidden, output, loss, tokens, tile_bytes=tile_bytes)
+    assert tiled.per_token.shape == (num_tokens,)
+    kept = (vocab_size * (hidden_size + 1) + num_tokens * (hidden_size + 1)) * itemsize
+    small = 20 * 50 * itemsize
+    assert 2 * copy < memory.most <= tile_bytes + kept + small
+    assert max(memory.live.values()) < copy
+    with LiveBytes() as memory:
+        logprobs_in_tiles(hidden, output, tokens.token_ids, tile_bytes=2 * copy)
+    assert copy <= memory.most <= 2 * copy

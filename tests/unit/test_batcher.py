@@ -193,6 +193,17 @@ def test_a_truncated_completion_can_be_left_out_but_stays_in_its_group() -> None
     assert metrics["advantage/abs_mean"] == pytest.approx(masked.advantages[0])
 
 
+def test_a_batch_that_is_masked_whole_is_a_step_that_learns_nothing() -> None:
+    objective = PolicyGradientObjective(truncated="mask", method="gspo")
+    batch, metrics = pack(objective, make_summary(PAIR, finish_reasons=["length", "length"]))
+    assert batch.num_tokens == 0
+    assert not batch.trains.any()
+    assert not batch.token_weights.any()
+    assert metrics["batch/tokens_masked"] == 1
+    assert metrics["advantage/abs_mean"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 def test_padding_counts_as_rollouts_and_neither_trains_nor_counts_as_a_group() -> None:
     padding: list[Row] = [("p", 0, 1.0, "correct", 4), ("p", 1, 1.0, "correct", 6)]
     alone, expected = pack(PolicyGradientObjective(), make_summary(PAIR))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from actors.engines.protocol import Support
 from actors.experience import Completion, Prompt, Rollout, TeacherScores
 from actors.weights import WeightArray, pack_bucket
 from learner.config import LearnerSection
@@ -138,6 +139,26 @@ def test_a_row_that_does_not_train_is_left_out_and_needs_no_teacher() -> None:
         build_micro_batch([unscored, rows[1]], packing=True, support_size=1)
     with pytest.raises(ValueError, match="at least one token, got none in p"):
         build_micro_batch([make_row([], [2])], packing=True, support_size=1)
+
+
+def test_a_law_in_the_vocabularys_order_is_taken_whole_and_needs_no_ids() -> None:
+    laws = np.log(np.random.default_rng(0).dirichlet(np.ones(6), 5)).astype(np.float32)
+    rows = [
+        replace(row, rollout=replace(row.rollout, learned=Support(ids=None, logprobs=part, tail_logprobs=None)))
+        for row, part in ((make_row([1], [2, 3]), laws[:2]), (make_row([1], [2, 3, 4]), laws[2:]))
+    ]
+    tokens = build_micro_batch(rows, packing=True, support_size=None).tokens
+    assert tokens.support_ids is None
+    assert tokens.support_teacher_tails is None
+    assert tokens.support_teacher_logprobs is not None
+    assert tokens.support_teacher_logprobs.dtype == torch.float32
+    assert (tokens.support_teacher_logprobs.numpy() == laws).all()
+    with pytest.raises(ValueError, match="has no 2 first ids; set signal to full"):
+        build_micro_batch(rows, packing=True, support_size=2)
+    with_ids = Support(ids=np.tile(np.arange(6, dtype=np.int32), (2, 1)), logprobs=laws[:2], tail_logprobs=None)
+    mixed = [replace(rows[0], rollout=replace(rows[0].rollout, learned=with_ids)), rows[1]]
+    with pytest.raises(ValueError, match="must carry the ids of the teacher's support, got 1 of 2"):
+        build_micro_batch(mixed, packing=True, support_size=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -310,6 +310,59 @@ def test_settings_of_reinforcement_that_do_not_go_together_are_refused(
     assert said in complaint(reinforce, override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("jsd_beta=0.3", "objective.jsd_beta must be left out, since the divergence is reverse_kl; got 0.3"),
+        ("divergence=jsd teacher_logprob_floor=-9", "teacher_logprob_floor must be left out, since the divergence is"),
+        ("signal=hidden tail=true", "objective.tail must be left out, since the signal is hidden and not a support"),
+        ("signal=full support=teacher", "objective.support must be left out, since the signal is full"),
+        ("signal=sampled support_size=4", "objective.support_size must be left out, since the signal is sampled"),
+        ("sft_warmup_steps=3", "objective.sft_warmup_steps must be below training.num_steps (3), got 3"),
+    ],
+)
+def test_settings_of_a_distillation_without_effect_are_refused(distil: Path, overrides: str, said: str) -> None:
+    assert said in complaint(distil, *(f"learner.objective.{override}" for override in overrides.split(" ")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("aggregation_tokens=5", "aggregation_tokens must be left out, since tokens are aggregated by token_mean"),
+        ("method=reinforce; clip_low=0.1", "clip_low must be left out, since the surrogate reinforce clips nothing"),
+        (
+            "correction={}; clip_high=0.1",
+            "clip_high must be left out, since with a correction the surrogate's ratio is 1",
+        ),
+        ("correction={low: 0.5}", "correction.low must be left out, since the correction truncates from above only"),
+        ("method=rloo; std_ddof=0", "std_ddof must be left out, since the advantage rloo does not ask for it"),
+        ("method=maxrl; ds_coef=0.1", "ds_coef must be left out, since the advantage is maxrl; got 0.1"),
+        ("focal_while_blending='on'", "focal_while_blending must be left out, since nothing is blended; got on"),
+        ("distillation_coef=2.0", "distillation_coef must be left out, since there is no distillation section; got 2"),
+        ("overlong={buffer_tokens: 200}", "overlong.buffer_tokens must be at most rollouts.max_new_tokens (128)"),
+    ],
+)
+def test_settings_of_a_method_without_effect_are_refused(reinforce: Path, overrides: str, said: str) -> None:
+    assert said in complaint(reinforce, *(f"learner.objective.{override}" for override in overrides.split("; ")))
+
+
+@pytest.mark.parametrize("method", ["reinforce", "ds_grpo"])
+def test_what_learns_from_equal_rewards_is_not_sampled_dynamically(reinforce: Path, method: str) -> None:
+    said = complaint(reinforce, "rollouts.dynamic_sampling={}", f"learner.objective.method={method}")
+    assert said.startswith(f"rollouts.dynamic_sampling must be left out with the advantage {method}, which learns from")
+
+
+def test_an_estimate_by_the_sampled_token_needs_the_whole_law(distil: Path) -> None:
+    said = complaint(distil, "blending=null", "learner.objective.signal=sampled", "rollouts.top_p=0.9")
+    assert said.startswith("rollouts.top_p must be left out where the teacher's signal is sampled, got 0.9")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_resolved_recipe_with_every_default_written_out_is_accepted(recipe: Path) -> None:
+    resolved = load_recipe(recipe)
+    assert recipe_from(resolved.model_dump(mode="json"), "resolved") == resolved
+
+
 def test_reinforce_compares_nothing_and_so_needs_no_group(reinforce: Path) -> None:
     method = "learner.objective.method=reinforce"
     assert load_recipe(reinforce, ["rollouts.group_size=1", method]).rollouts.group_size == 1

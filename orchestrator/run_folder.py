@@ -139,7 +139,10 @@ class RunFolder:
             raise write_failed(file, error) from None
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics and evaluations of steps after `step` optimizer steps, which are about to be taken again."""
+        """Drop what was written of steps after `step` optimizer steps, which are about to be taken again."""
+        for file in self.path.glob("refused/step_*.json"):
+            if int(file.stem.removeprefix("step_")) >= step:
+                file.unlink()
         for file, last in ((self.metrics, step - 1), (self.evaluations, step)):
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]

@@ -178,6 +178,13 @@ class RankHost:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._rank, method)(*arguments)
 
+    def first_moments(self) -> dict[str, Tensor]:
+        """AdamW's mean of gradients, put together from all ranks; after one step a multiple of the gradient."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameters = self._rank._connected._model.named_parameters()
+        return {name: safe_get_full_optimizer_state(parameter, "exp_avg").cpu() for name, parameter in parameters}
+
 
 class Ranks:
     """The ranks of one learner in hosts."""
@@ -196,6 +203,10 @@ class Ranks:
         reports: list[StepReport] = self.all("step", batch)
         assert all(report == reports[0] for report in reports), "all ranks report the same"
         return reports[0]
+
+    def first_moments(self) -> dict[str, Tensor]:
+        moments: dict[str, Tensor] = ray.get([host.first_moments.remote() for host in self._hosts], timeout=60)[0]
+        return moments
 
     def weights(self, policy_version: int) -> dict[str, Tensor]:
         policy, *others = self.all("publish")
@@ -247,6 +258,8 @@ class PlainStep:
     grad_norm: float
     learning_rate: float
     weights: dict[str, Tensor]
+    first_moments: dict[str, Tensor]
+    """AdamW's mean of the clipped gradients; empty with adapters."""
 
 
 def plain_steps(section: LearnerSection, model_folder: str, batches: Sequence[TrainBatch]) -> list[PlainStep]:
@@ -274,6 +287,9 @@ def plain_steps(section: LearnerSection, model_folder: str, batches: Sequence[Tr
                 grad_norm=grad_norm.item(),
                 learning_rate=section.learning_rate * factor,
                 weights={name: weight_named(model, name).detach().clone() for name in names},
+                first_moments={name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+                if section.lora is None
+                else {},
             )
         )
     return steps
@@ -376,6 +392,10 @@ def assert_learns_the_same(ranks: Ranks, section: LearnerSection, model_folder: 
         assert report.loss == pytest.approx(plain.loss, rel=1e-4, abs=1e-5)
         assert report.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5 if number == 0 else 1e-3)
         assert report.learning_rate == pytest.approx(plain.learning_rate)
+        if number == 0 and section.lora is None:
+            moments = ranks.first_moments()
+            largest = max(float(moment.abs().max()) for moment in plain.first_moments.values())
+            assert largest_difference(moments, plain.first_moments) < 1e-5 * largest, "the averaged gradient"
         if section.objective is DISTIL:
             assert report.metrics["kl_to_teacher"] == pytest.approx(report.loss, rel=1e-4)
     weights = ranks.weights(NUM_STEPS)

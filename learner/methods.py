@@ -1,6 +1,7 @@
 """Which parts make each method of reinforcement learning; the formulas are in `learner.advantages`,
 `learner.policy_losses` and `learner.aggregation`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,3 +60,19 @@ def resolved(objective: PolicyGradientObjective) -> Method:
         clip_high=base.clip_high if objective.clip_high is None else objective.clip_high,
         aggregation=objective.aggregation or base.aggregation,
     )
+
+
+def focal_learning_rate_factor(focal_gamma: float) -> float:
+    """Return by how much a focal weight lowers the mean size of the advantages of `grpo` (arXiv 2602.06717).
+
+    It is the mean of (1 - u) ** gamma over u in [0, 1], weighted by sqrt(u (1 - u)), the standard deviation of a binary
+    reward: 4 / sqrt(pi) Gamma(gamma + 3/2) / Gamma(gamma + 3). A run without a focal weight whose learning rate is
+    multiplied by it takes steps as small, and so shows what the weight does beyond that.
+
+    Example:
+        >>> [round(focal_learning_rate_factor(gamma), 4) for gamma in (0.0, 0.5, 1.0, 2.0)]
+        [1.0, 0.6791, 0.5, 0.3125]
+    """
+    if not (math.isfinite(focal_gamma) and focal_gamma >= 0):
+        raise ValueError(f"focal_gamma must be a finite number >= 0, got {focal_gamma!r}")
+    return 4 / math.sqrt(math.pi) * math.exp(math.lgamma(focal_gamma + 1.5) - math.lgamma(focal_gamma + 3))

@@ -1,8 +1,7 @@
 """What a run says before it starts: how the teacher's signal travels, and what a setting means for another."""
 
-from learner.advantages import focal_learning_rate_factor
 from learner.config import PolicyGradientObjective
-from learner.methods import resolved
+from learner.methods import focal_learning_rate_factor, resolved
 from orchestrator import teacher_signal
 from orchestrator.models import model_config
 from orchestrator.recipe import Recipe

@@ -1,11 +1,13 @@
 """Which form of the teacher's law travels to the learner, and what that costs for each token."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from actors.teacher_signal import STUDENTS_SUPPORT, SignalSpec
 from learner.config import DistillationSection
 from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.teacher_signal import SignalSpec
 
 Kind = Literal["support", "sampled", "full", "hidden"]
 Kept = int | Literal["full"]
@@ -76,8 +78,11 @@ def plan(
     )
 
 
-def signal_spec(section: DistillationSection | None, blend_support_size: Kept) -> SignalSpec:
+def signal_spec(section: DistillationSection | None, blend_support_size: Kept) -> "SignalSpec":
     """Return what samplers are told of a section whose `auto` is decided; without one, what rollouts have anyway."""
+    # Imported here: it takes seconds, and a recipe is checked without it.
+    from actors.teacher_signal import STUDENTS_SUPPORT, SignalSpec
+
     if section is None:
         return STUDENTS_SUPPORT
     assert section.signal != "auto", "auto is decided before samplers are built"

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from learner.advantages import (
     ADVANTAGES,
-    focal_learning_rate_factor,
     focal_weights,
     group_advantages,
     overlong_penalty,
 )
+from learner.methods import focal_learning_rate_factor
 
 Rewards = npt.NDArray[np.float64]
 

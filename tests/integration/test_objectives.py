@@ -128,7 +128,6 @@ def test_dynamic_sampling_learns_from_groups_that_differ_and_counts_the_others(
     overrides = (
         "training.num_steps=2", "evaluation.num_prompts=0", "rollouts.prompts_per_step=8", "rollouts.group_size=4",
         "learner.micro_batch_size=16", "rollouts.dynamic_sampling={max_refills: 2}", "learner.objective.method=dapo",
-        "learner.objective.clip_low=null", "learner.objective.clip_high=null",
         "learner.objective.overlong={buffer_tokens: 8}",
     )  # fmt: skip
     folder, _ = run(COUNTDOWN, tmp_path / "a", *overrides, address=ray_cluster)
@@ -163,7 +162,7 @@ def test_a_step_in_which_no_group_differs_goes_on(ray_cluster: str, tmp_path: Pa
 def test_what_changes_from_step_to_step_goes_on_after_a_stop(ray_cluster: str, tmp_path: Path) -> None:
     """Dynamic sampling's prompts, Veto's weight and the fine-tuning before it, killed between two checkpoints."""
     recipes = {
-        "dapo": (COUNTDOWN, "rollouts.prompts_per_step=8", "rollouts.group_size=4", "learner.objective.clip_low=null",
+        "dapo": (COUNTDOWN, "rollouts.prompts_per_step=8", "rollouts.group_size=4",
                  "rollouts.dynamic_sampling={max_refills: 1}", "learner.objective.method=dapo"),
         "veto": (QUICKSTART, "rollouts.prompts_per_step=16", "blending={type: fixed_beta, beta: 1, warmup_steps: 2}",
                  "learner.objective={type: distillation, signal: full, veto: {beta: 0.5}, sft_warmup_steps: 2}"),

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 FEW = (
     "rollouts.prompts_per_step=8", "learner.micro_batch_size=4", "training.num_steps=2", "evaluation.num_prompts=0",
-    "checkpoints.every_steps=0", "blending.warmup_steps=1",
+    "checkpoints.every_steps=0", "blending.warmup_steps=1", "learner.warmup_steps=1",
 )  # fmt: skip
 """Two steps, the first of them blended."""
 

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "deploy" / "recipes" / "quickstart.yaml")
 COUNTDOWN = str(ROOT / "deploy" / "recipes" / "countdown-fgrpo.yaml")
 SMALL = (
+    "learner.learning_rate=3e-3", "learner.warmup_steps=5",
     "rollouts.prompts_per_step=16", "learner.micro_batch_size=16", "blending.warmup_steps=4", "training.num_steps=8",
     "evaluation.num_prompts=16", "evaluation.num_samples=4", "evaluation.pass_at=[1,4]", "checkpoints.every_steps=4",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from actors.engines.protocol import Support
+from actors.engines.protocol import Floats, Support
 from actors.experience import LEARNED_COLUMNS, Rollout, TeacherScores
 
 _SUPPORT_COLUMNS = frozenset({"support_ids", "support_teacher_logprobs", "teacher_tail_logprobs"})
@@ -90,12 +90,19 @@ def _cut(scores: TeacherScores, signal: SignalSpec) -> Support:
     assert scores.teacher_logprobs is not None
     assert scores.teacher_tail_logprobs is not None
     size = signal.support_size
-    beyond = np.concatenate([scores.teacher_logprobs[:, size:], scores.teacher_tail_logprobs[:, None]], 1)
     return Support(
         ids=scores.support_ids[:, :size],
         logprobs=scores.teacher_logprobs[:, :size],
-        tail_logprobs=np.logaddexp.reduce(beyond.astype(np.float64), axis=1).astype(np.float32),
+        tail_logprobs=tail_beyond(scores.teacher_logprobs, scores.teacher_tail_logprobs, size),
     )
+
+
+def tail_beyond(logprobs: Floats, tails: Floats, size: int | None) -> Floats:
+    """Return [T] nats: the log mass outside the first `size` of the ids of log-probs [T, K] with tails [T]."""
+    if size is None:
+        return tails
+    beyond = np.concatenate([logprobs[:, size:], tails[:, None]], 1).astype(np.float64)
+    return np.asarray(np.logaddexp.reduce(beyond, axis=1), np.float32)
 
 
 def _whole(scores: TeacherScores) -> Support:

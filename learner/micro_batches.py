@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.experience import Rollout
+from actors.teacher_signal import tail_beyond
 from learner.losses import Tokens
 
 _Array = npt.NDArray[Any]
@@ -191,21 +192,15 @@ def _support(rows: Sequence[TrainRow], support_size: int | None) -> dict[str, Te
     return {
         "support_ids": joined((part[:, :support_size] for part in ids), np.int64),
         "support_teacher_logprobs": joined((logprobs[:, :support_size] for _, logprobs, _ in told), np.float32),
-        "support_teacher_tails": joined((_tail(each, tails, support_size) for _, each, tails in told), np.float32),
+        "support_teacher_tails": joined(
+            (tail_beyond(each, tails, support_size) for _, each, tails in told), np.float32
+        ),
     }
 
 
 def _is_scored(rollout: Rollout) -> bool:
     scores = rollout.teacher
     return rollout.learned is not None or (scores is not None and scores.teacher_logprobs is not None)
-
-
-def _tail(logprobs: _Array, tails: _Array, support_size: int | None) -> _Array:
-    """Return [T], the teacher's log mass outside the first ids of the stored support."""
-    if support_size is None:
-        return tails
-    beyond = logprobs[:, support_size:].astype(np.float64)
-    return np.asarray(np.logaddexp.reduce(np.concatenate([beyond, tails[:, None]], 1), axis=1))
 
 
 def _teacher_hidden(rows: Sequence[TrainRow]) -> Tensor | None:
